@@ -1,0 +1,34 @@
+# `make demo` and `make test` need nothing but Python (3.10 to 3.13) and make: they create what they need in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types unit docs clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/compare.py
+
+test: lint types unit
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+# Unit, multi-process and trainer tests, and the doctests of the package.
+unit: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+docs: $(VENV)/.installed
+	$(BIN)/sphinx-build -W --keep-going docs docs/_build
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[examples,tests,docs]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist docs/_build demo_results

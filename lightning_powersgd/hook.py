@@ -1,0 +1,380 @@
+"""The exchange of gradients between ranks: the only room that sees `GradBucket`, `Future` and collectives.
+
+Collectives are issued from the thread that calls the hook, in the order of the plan's groups, which is the same on every
+rank. (PyTorch's own hook issues them from futures' callbacks, whose order differs between ranks, and so deadlocks or
+aborts with more than one bucket on gloo.)
+
+For groups 0, 1, 2, … a step runs
+
+    start 0 │ start 1, continue 0 │ start 2, continue 1 │ … │ continue last │ residuals │ finish 0, 1, 2, …
+
+where *start* projects the group's gradients and sends P with everything that is sent whole, *continue* orthonormalises P
+and sends Q, *residuals* updates the error buffers while the last Q is on the wire, and *finish* writes the averaged
+gradients into DDP's buckets. When alternating, *start* sends the one factor and *continue* has nothing to do.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_powersgd.linalg import as_matrix, orthonormal, project_rows, reconstruct, residual
+from lightning_powersgd.plan import Group, PowerSGDConfig, Slot
+from lightning_powersgd.state import PowerSGDState, Side, other_side
+
+
+def attach_powersgd(ddp: DistributedDataParallel, config: PowerSGDConfig) -> "GradientExchange":
+    """Make a DDP module exchange its gradients with PowerSGD. Works without Lightning.
+
+    Args:
+        ddp: the module; it must not have a communication hook yet.
+        config: the settings.
+
+    Returns:
+        The exchange; its ``state`` is what a checkpoint needs.
+
+    Raises:
+        ValueError: if the parameters do not fit the settings (see `PowerSGDState`), or the model has sparse gradients.
+        RuntimeError: if the module does not accept the hook.
+    """
+    for name, module in ddp.module.named_modules():
+        if getattr(module, "sparse", False) and isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
+            raise ValueError(
+                f"The embedding {name!r} has `sparse=True`. PowerSGD compresses dense gradients only: use `sparse=False`."
+            )
+    named = [item for item in ddp.module.named_parameters() if item[0] not in ddp.parameters_to_ignore]
+    exchange = GradientExchange(
+        PowerSGDState(named, config, group_bytes=ddp.bucket_bytes_cap),
+        ddp.process_group,
+        track_unused=ddp.find_unused_parameters and not ddp.static_graph,
+    )
+    ddp.register_comm_hook(exchange, powersgd_hook)
+    held = ddp._get_ddp_logging_data().get("comm_hook")
+    if held != powersgd_hook.__qualname__:
+        raise RuntimeError(
+            f"DistributedDataParallel holds the communication hook {held!r} instead of PowerSGD's; gradients would not be"
+            " compressed. Remove the other hook."
+        )
+    return exchange
+
+
+# DDP checks the types of a hook's arguments and result, which is why this file does not postpone annotations.
+def powersgd_hook(exchange: "GradientExchange", bucket: dist.GradBucket) -> Future[Tensor]:
+    """The communication hook in DDP's form: the exchange is the state that DDP hands back on every call."""
+    return exchange.reduce_bucket(bucket)
+
+
+class GradientExchange:
+    """Averages gradients over the ranks of a process group, compressed.
+
+    Args:
+        state: what is remembered between steps; updated in place.
+        process_group: the ranks; ``None`` is the default group.
+        track_unused: set this where DDP looks for unused parameters. DDP throws away the averaged gradient of a
+            parameter that no rank used, so its error must stay where it is instead of being sent.
+    """
+
+    def __init__(
+        self, state: PowerSGDState, process_group: dist.ProcessGroup | None = None, track_unused: bool = False
+    ) -> None:
+        self.state = state
+        self.process_group = process_group
+        self.world_size = dist.get_world_size(process_group)
+        self._device = state.device
+        self._groups = [_GroupExchange(self, group, track_unused) for group in state.plan.groups]
+        self._place = {state.parameters[slot.name]: (group, slot) for group in self._groups for slot in group.slots}
+        self._futures: list[tuple[Future[Tensor], Tensor]] = []
+        self._started = 0
+
+    def reduce_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        """Take one bucket of DDP's; the future will hold it with averaged gradients, in place.
+
+        Raises:
+            RuntimeError: if the bucket holds a parameter that the state does not know.
+        """
+        state, buffer = self.state, bucket.buffer()
+        if bucket.index() == 0:
+            self._begin_step()
+        if self.world_size == 1:
+            future = self._new_future()
+            future.set_result(buffer)
+            state.step += bucket.is_last()
+            return future
+        state.dense_bytes += buffer.nbytes
+        if state.compressing:
+            return self._collect(bucket)
+        # As DDP does without a hook: divide, then sum, in place.
+        future = self.all_reduce(buffer.div_(self.world_size)).get_future().then(lambda done: done.value()[0])
+        if bucket.is_last():
+            state.finish_step()
+        return future
+
+    def all_reduce(self, payload: Tensor) -> dist.Work:
+        """Sum a payload over the ranks, in place and asynchronously, and count its bytes."""
+        self.state.sent_bytes += payload.nbytes
+        work = dist.all_reduce(payload, group=self.process_group, async_op=True)
+        assert work is not None, "this rank is not a member of the process group"
+        return work
+
+    def residual_norms(self) -> tuple[Tensor, Tensor]:
+        """Give ‖e‖² and ‖M‖² of the last step (see `PowerSGDState.residual_norms`)."""
+        return self.state.residual_norms(own for group in self._groups for own in group.own_factors)
+
+    def average_errors(self) -> None:
+        """Replace every rank's error buffers by their mean.
+
+        The trajectory depends on the mean alone (P and Q are linear in it), so a run may do this at any time. A
+        checkpoint then needs one buffer a parameter, whatever the number of ranks. Every rank must call it.
+        """
+        if self.world_size == 1:
+            return
+        for error in self.state.errors.values():
+            # In float32 at least, or a bfloat16 sum of many ranks would round at every one of them. On the device of the
+            # collectives, from which the state has moved when a fit has ended.
+            mean = error.to(self._device, torch.promote_types(error.dtype, torch.float32)) / self.world_size
+            dist.all_reduce(mean, group=self.process_group)
+            error.copy_(mean)
+
+    def _begin_step(self) -> None:
+        self.state.dense_bytes = self.state.sent_bytes = 0
+        self._forget_buckets()
+
+    def _forget_buckets(self) -> None:
+        # At the end of a step, or DDP's old buckets would stay in memory when it rebuilds them; and at the beginning, since
+        # an exception may have broken off the last backward pass.
+        self._started = 0
+        self._futures = []
+        for group in self._groups:
+            group.gradients.clear()
+
+    def _new_future(self) -> Future[Tensor]:
+        device = self.state.device
+        return Future(devices=[device] if device.type == "cuda" else None)
+
+    def _collect(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        """Hand the bucket's gradients to their groups, and start the groups that are complete."""
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            if parameter not in self._place:
+                raise RuntimeError(
+                    "DDP reduces a parameter that PowerSGD does not know. Parameters that are added or unfrozen need a new"
+                    " DistributedDataParallel with PowerSGD attached to it."
+                )
+            group, slot = self._place[parameter]
+            group.gradients[slot.name] = gradient
+        while self._started < len(self._groups) and self._groups[self._started].complete:
+            self._groups[self._started].start()
+            if self._started > 0:
+                self._groups[self._started - 1].proceed()
+            self._started += 1
+        future = self._new_future()
+        self._futures.append((future, bucket.buffer()))
+        if bucket.is_last():
+            self._finish_step()
+        return future
+
+    def _finish_step(self) -> None:
+        """Write the averaged gradients; keep errors and factors as they were if any rank's gradient was not finite."""
+        assert self._started == len(self._groups), "DDP's buckets left out a trainable parameter"
+        self._groups[-1].proceed()
+        # Every rank holds the same averages, so all of them judge alike.
+        finite = all(bool(group.finite) for group in self._groups)
+        if finite:
+            for group in self._groups:
+                group.update_errors()
+        for group in self._groups:
+            group.finish(keep_factors=finite)
+        for future, buffer in self._futures:
+            future.set_result(buffer)
+        self._forget_buckets()
+        self.state.finish_step(turn=finite)
+
+
+class _GroupExchange:
+    """One group's part in a step.
+
+    A step starts from the factor that is held, say Q. A full step first turns it into an orthonormal basis P̂ of the other
+    side, which takes the first collective; a half step (alternating) orthonormalises the held factor as it is. Then M is
+    projected onto the basis, and that projection is what the ranks average, keep as the next warm start, and reconstruct
+    the gradient from.
+    """
+
+    def __init__(self, exchange: GradientExchange, group: Group, track_unused: bool) -> None:
+        self._exchange = exchange
+        self._state = exchange.state
+        self._alternate = exchange.state.config.alternate
+        self._whole, self._compressed = group.whole, group.compressed
+        self._track_unused = track_unused
+        device = exchange.state.device
+        flags = len(group.compressed) if track_unused else 0
+        self._first = _Payload(group, ("left", "right") if self._alternate else ("left",), device, flags)
+        # What is sent whole, and the flags, travel in the first payload of a full step. A half step has only one payload.
+        self._last = self._first if self._alternate else _Payload(replace(group, whole=()), ("right",), device)
+        self._work: dist.Work | None = None
+        self._sent: Side = "right"
+        self._bases: list[Tensor] = []
+        self.gradients: dict[str, Tensor] = {}
+        self.own_factors: list[Tensor] = []
+        self.finite = torch.ones((), dtype=torch.bool)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The parameters of the group."""
+        return self._whole + self._compressed
+
+    @property
+    def complete(self) -> bool:
+        """Whether the gradients of all of them are there."""
+        return len(self.gradients) == len(self.slots)
+
+    def start(self) -> None:
+        """Add the errors, and send the first payload: what is sent whole, and P (alternating: the projection)."""
+        held = self._state.held
+        self._sent = other_side(held) if self._alternate else "right"
+        for slot, view in zip(self._whole, self._first.whole, strict=True):
+            view.copy_(self.gradients[slot.name])
+        if self._track_unused:
+            for slot, flag in zip(self._compressed, self._first.flags, strict=True):
+                flag.copy_(self.gradients[slot.name].any())
+        for slot in self._compressed:
+            self._add_error(slot)
+        factors = [self._state.start_factor(slot) for slot in self._compressed]
+        if self._alternate:
+            self._set_bases(factors)
+            self._project()
+        else:
+            for slot, factor, out in zip(self._compressed, factors, self._first.factors["left"], strict=True):
+                matrix = self._matrix(slot)
+                project_rows(matrix.t(), factor.to(matrix.dtype), out)
+        self._send(self._first, other_side(held))
+
+    def proceed(self) -> None:
+        """Receive the first payload; in a full step, orthonormalise P and send Q."""
+        self._receive()
+        self.finite = torch.isfinite(self._first.wire[other_side(self._state.held)]).all()
+        for slot, view in zip(self._whole, self._first.whole, strict=True):
+            self.gradients[slot.name].copy_(view)
+        if not self._alternate:
+            self._set_bases(self._first.factors["left"])
+        if self._track_unused:
+            # Without a basis nothing is sent, the gradient is zero, and the error, M itself, stays.
+            flagged = zip(self._bases, self._first.flags, strict=True)
+            self._bases = [basis * (flag > 0) for basis, flag in flagged]
+        if not self._alternate and self._compressed:
+            self._project()
+            self._send(self._last, self._sent)
+
+    def update_errors(self) -> None:
+        """Keep what this rank's projection leaves of M, the local residual. Needs nothing from the wire."""
+        if not self._state.errors:
+            return
+        for slot, basis, own in zip(self._compressed, self._bases, self.own_factors, strict=True):
+            matrix, error = self._matrix(slot), as_matrix(self._state.errors[slot.name], slot.order)
+            if error.dtype == matrix.dtype:
+                residual(matrix, *self._left_right(basis, own), out=error)
+            else:
+                residual(matrix, *self._left_right(basis, own), out=matrix)
+                error.copy_(matrix)
+
+    def finish(self, *, keep_factors: bool) -> None:
+        """Write the averaged gradients ĝ = P̂ Qᵀ, and keep the averaged factors as the next warm start."""
+        self._receive()
+        for slot, basis, factor in zip(self._compressed, self._bases, self._last.factors[self._sent], strict=True):
+            reconstruct(*self._left_right(basis, factor), out=as_matrix(self.gradients[slot.name], slot.order))
+            if keep_factors:
+                self._state.keep_factor(slot, self._sent, factor)
+
+    def _matrix(self, slot: Slot) -> Tensor:
+        """Give M = g + e, (n, m): in DDP's bucket, or where the two dtypes differ in a temporary of the wider one."""
+        gradient, error = as_matrix(self.gradients[slot.name], slot.order), self._state.errors.get(slot.name)
+        if error is None or error.dtype == gradient.dtype:
+            return gradient
+        return gradient + as_matrix(error, slot.order)
+
+    def _add_error(self, slot: Slot) -> None:
+        gradient, error = self.gradients[slot.name], self._state.errors.get(slot.name)
+        if error is not None and error.dtype == gradient.dtype:
+            gradient.add_(error)
+
+    def _set_bases(self, factors: list[Tensor]) -> None:
+        # In M's dtype, since a basis never travels and need not be rounded to the wire's.
+        dtypes = [self._state.matrix_dtype(slot) for slot in self._compressed]
+        self._bases = [orthonormal(factor, dtype) for factor, dtype in zip(factors, dtypes, strict=True)]
+
+    def _project(self) -> None:
+        """Project M onto the bases, into the last payload."""
+        factors = self._last.factors[self._sent]
+        for slot, basis, out in zip(self._compressed, self._bases, factors, strict=True):
+            matrix = self._matrix(slot)
+            project_rows(matrix if self._sent == "right" else matrix.t(), basis, out)
+        # As rounded for the wire, so that the error buffer holds that rounding too.
+        self.own_factors = [factor.clone() for factor in factors]
+
+    def _left_right(self, basis: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        return (basis, factor) if self._sent == "right" else (factor, basis)
+
+    def _send(self, payload: "_Payload", side: Side) -> None:
+        self._work = self._exchange.all_reduce(payload.wire[side].div_(self._exchange.world_size))
+
+    def _receive(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+
+class _Payload:
+    """A flat buffer that is all-reduced as it lies in memory, and views of its parts.
+
+    Args:
+        group: what lies in it.
+        sides: of the factors that it can hold, one at a time, in the same memory.
+        device: of the buffer.
+        flags: number of flags, one a compressed parameter: positive where any rank used the parameter.
+
+    Attributes:
+        wire: by side, the part of the buffer that is sent.
+        whole: gradients that are sent whole, in their shapes.
+        flags: scalars.
+        factors: by side, (r, n) or (r, m).
+    """
+
+    def __init__(self, group: Group, sides: tuple[Side, ...], device: torch.device, flags: int = 0) -> None:
+        whole = [slot.numel for slot in group.whole]
+        lengths = {side: [slot.rank * slot.length(side) for slot in group.compressed] for side in sides}
+        start = sum(whole) + flags
+        flat = torch.zeros(start + max(map(sum, lengths.values())), dtype=group.dtype, device=device)
+        self.wire = {side: flat[: start + sum(lengths[side])] for side in sides}
+        whole_parts = flat[: sum(whole)].split(whole)
+        self.whole = [part.view(slot.shape) for part, slot in zip(whole_parts, group.whole, strict=True)]
+        self.flags = list(flat[sum(whole) : start])
+        self.factors = {
+            side: [
+                part.view(slot.rank, -1)
+                for part, slot in zip(self.wire[side][start:].split(lengths[side]), group.compressed, strict=True)
+            ]
+            for side in sides
+        }
+
+
+def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGroup | None = None) -> None:
+    """Compare settings over all ranks, so that a difference ends in one clear error instead of a hang in a collective.
+
+    Args:
+        settings: what every rank must have alike, by name. Every rank must call this.
+        process_group: the ranks; ``None`` is the default group.
+
+    Raises:
+        RuntimeError: on every rank, naming the first difference.
+    """
+    everyone: list[Mapping[str, str]] = [{}] * dist.get_world_size(process_group)
+    dist.all_gather_object(everyone, settings, group=process_group)
+    for rank, theirs in enumerate(everyone):
+        for name in {**everyone[0], **theirs}:
+            if everyone[0].get(name) != theirs.get(name):
+                raise RuntimeError(
+                    f"The ranks disagree on {name}: rank 0 has {everyone[0].get(name, 'none')}, rank {rank} has"
+                    f" {theirs.get(name, 'none')}. Start every rank with the same code, package versions and arguments."
+                )

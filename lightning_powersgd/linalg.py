@@ -1,0 +1,167 @@
+"""The matrix arithmetic of PowerSGD, as pure functions on tensors.
+
+Axis letters, here and in the other rooms below the Lightning line:
+
+    n   rows of a gradient seen as a matrix: ``shape[0]``
+    m   its columns: the product of the other dimensions
+    r   rank: columns kept of each factor
+
+A factor is stored **rank first**: the ``P`` of the paper, an (n, r) matrix, is a tensor of shape (r, n) here, and its ``Q`` is
+(r, m). Stored (n, r), the product ``M.T @ P`` runs ten to twenty times slower on a CPU, since it strides through the factor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Up to this rank, writing P Qᵀ as one elementwise pass a column is faster on a CPU than a matrix product whose inner
+# dimension is so short.
+_OUTER_PRODUCTS_UP_TO = 4
+
+
+def matrix_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """Find the order of dimensions in which a tensor can be seen as an (n, m) matrix without a copy.
+
+    Dimension 0 always comes first. The others come in memory order, so that a convolution's weight in ``channels_last``
+    has a matrix view too; its columns are then permuted, which changes nothing in the algorithm.
+
+    Args:
+        tensor: a parameter or its gradient, of at least two dimensions.
+
+    Returns:
+        A permutation of the dimensions, or ``None`` where no such view exists (fewer than two dimensions, or a memory
+        layout that has gaps or interleaves rows and columns).
+    """
+    if tensor.dim() < 2 or tensor.numel() == 0:
+        return None
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if span != tensor.numel():
+        return None
+    in_shape_order = tuple(range(tensor.dim()))
+    in_memory_order = (0, *sorted(range(1, tensor.dim()), key=lambda axis: tensor.stride(axis), reverse=True))
+    for order in (in_shape_order, in_memory_order):
+        try:
+            as_matrix(tensor, order)
+        except RuntimeError:
+            continue
+        return order
+    return None
+
+
+def as_matrix(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    """View a tensor as its (n, m) matrix, in the order that `matrix_order` found. Shares the tensor's memory."""
+    return tensor.permute(order).view(tensor.shape[0], -1)
+
+
+def permute_columns(factor: Tensor, shape: tuple[int, ...], order: tuple[int, ...], *, to_shape_order: bool) -> Tensor:
+    """Reorder the columns of a right factor between memory order and the order of the parameter's shape.
+
+    Checkpoints hold factors in the order of the shape, so that they fit a model in any memory format.
+
+    Args:
+        factor: (r, m).
+        shape: of the parameter, (n, ...).
+        order: as `matrix_order` gave it.
+        to_shape_order: the direction.
+
+    Returns:
+        (r, m), contiguous.
+    """
+    rank = factor.shape[0]
+    if to_shape_order:
+        columns = factor.view(rank, *(shape[axis] for axis in order[1:]))
+        inverse = sorted(range(len(order)), key=lambda axis: order[axis])
+        return columns.permute(inverse).reshape(rank, -1)
+    return factor.view(rank, *shape[1:]).permute(order).reshape(rank, -1)
+
+
+def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthonormalise a factor: the rows of the result are orthonormal and span the rows of the input.
+
+    Householder reflections keep ``‖P̂ P̂ᵀ − I‖`` at rounding level whatever the condition of the input, and complete the
+    basis where the input is zero or rank-deficient. Half precision is computed in float32.
+
+    Args:
+        factor: (r, k) with r ≤ k.
+        dtype: of the result.
+
+    Returns:
+        (r, k), contiguous.
+    """
+    wide = factor.to(torch.promote_types(dtype, torch.float32))
+    basis: Tensor = torch.linalg.qr(wide.mT, mode="reduced").Q.mT
+    return basis.to(dtype).contiguous()
+
+
+def normalize_rows(factor: Tensor, fallback: Tensor) -> Tensor:
+    """Scale each row of a warm-start factor to a largest entry of 1; a row of zeros gives way to the fallback's.
+
+    The span is what a factor carries, not its length, and ``M Q`` with a Q as small as the gradient would underflow. A
+    row of zeros (a gradient that was zero, or of lower rank than r) would lock its direction out of every later step.
+
+    Args:
+        factor: (r, k).
+        fallback: (r, k), rows already scaled.
+
+    Returns:
+        (r, k), of the fallback's dtype.
+    """
+    largest = factor.abs().amax(dim=1, keepdim=True)
+    return torch.where(largest > 0, factor / largest, fallback).to(fallback.dtype)
+
+
+def project_rows(matrix: Tensor, basis: Tensor, out: Tensor) -> None:
+    """Write ``out = basis @ matrix``: with the basis P̂ (r, n) and M (n, m) this is the (r, m) form of ``Q = Mᵀ P̂``.
+
+    The mirror image, ``P = M Q``, is the same call on the transposed matrix: ``project_rows(M.t(), Q, out)``.
+
+    Args:
+        matrix: (k, l).
+        basis: (r, k), of the matrix's dtype.
+        out: (r, l), of any floating dtype.
+    """
+    if basis.shape[0] == 1 and matrix.is_cpu:
+        # A single row is a matrix-vector product, and BLAS rounds that differently at other memory alignments. DDP moves
+        # gradients when it rebuilds its buckets, so a resumed run would drift from an uninterrupted one by the last bit.
+        # Matrix-matrix products copy their operands into aligned panels first.
+        out.copy_(torch.mm(torch.cat((basis, torch.zeros_like(basis))), matrix)[:1])
+    elif out.dtype == matrix.dtype:
+        torch.mm(basis, matrix, out=out)
+    else:
+        out.copy_(torch.mm(basis, matrix))
+
+
+def reconstruct(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write ``out = P Qᵀ``, computed in the dtype of `out`.
+
+    Args:
+        left: P as (r, n).
+        right: Q as (r, m).
+        out: (n, m).
+    """
+    left, right = left.to(out.dtype), right.to(out.dtype)
+    if left.shape[0] <= _OUTER_PRODUCTS_UP_TO:
+        torch.mul(left[0].unsqueeze(1), right[0], out=out)
+        for p, q in zip(left[1:], right[1:], strict=True):
+            out.addr_(p, q)
+    else:
+        torch.mm(left.t(), right, out=out)
+
+
+def residual(matrix: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write ``out = M − P Qᵀ``: what the projection left behind.
+
+    Args:
+        matrix: M, (n, m).
+        left: P as (r, n).
+        right: Q as (r, m).
+        out: (n, m), of the matrix's dtype; may be the matrix itself.
+    """
+    left, right = left.to(matrix.dtype), right.to(matrix.dtype)
+    if left.shape[0] <= _OUTER_PRODUCTS_UP_TO:
+        torch.addr(matrix, left[0], right[0], alpha=-1, out=out)
+        for p, q in zip(left[1:], right[1:], strict=True):
+            out.addr_(p, q, alpha=-1)
+    else:
+        torch.addmm(matrix, left.t(), right, alpha=-1, out=out)

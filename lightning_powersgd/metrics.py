@@ -1,0 +1,157 @@
+"""What compression brings and what it costs, as torchmetrics, and the callback that logs it.
+
+The metrics can be used alone:
+
+    >>> from lightning_powersgd import CompressionRatio
+    >>> ratio = CompressionRatio()
+    >>> ratio.update(dense_bytes=44_000_000, sent_bytes=320_000)
+    >>> ratio.compute()
+    tensor(137.5000, dtype=torch.float64)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+from typing_extensions import override
+
+from lightning_powersgd.hook import GradientExchange
+
+
+class _ByteMetric(Metric):
+    """Adds up bytes. They are the same on every rank, so that ranks are not summed."""
+
+    full_state_update = False
+    dense_bytes: Tensor
+    sent_bytes: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("dense_bytes", "sent_bytes"):
+            # float32 would round above 16 MiB.
+            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="mean")
+
+    @override
+    def update(self, dense_bytes: float, sent_bytes: float) -> None:
+        """Add a step.
+
+        Args:
+            dense_bytes: bytes of the gradients.
+            sent_bytes: bytes handed to collectives for them.
+        """
+        self.dense_bytes += dense_bytes
+        self.sent_bytes += sent_bytes
+
+
+class CompressionRatio(_ByteMetric):
+    """Dense gradient bytes ÷ bytes handed to collectives; 1 where nothing had to be exchanged."""
+
+    higher_is_better = True
+
+    @override
+    def compute(self) -> Tensor:
+        """Give the ratio over all updates, a float64 scalar."""
+        return torch.where(self.sent_bytes > 0, self.dense_bytes / self.sent_bytes, torch.ones_like(self.sent_bytes))
+
+
+class BytesSent(_ByteMetric):
+    """Bytes that a rank handed to collectives for gradients."""
+
+    higher_is_better = False
+
+    @override
+    def compute(self) -> Tensor:
+        """Give the bytes over all updates, a float64 scalar."""
+        return self.sent_bytes.clone()
+
+
+class BytesSaved(_ByteMetric):
+    """Dense gradient bytes minus bytes handed to collectives."""
+
+    higher_is_better = True
+
+    @override
+    def compute(self) -> Tensor:
+        """Give the bytes over all updates, a float64 scalar."""
+        return self.dense_bytes - self.sent_bytes
+
+
+class ResidualRatio(Metric):
+    """‖e‖ ÷ ‖M‖ over all compressed parameters: 0 = nothing lost, 1 = nothing sent."""
+
+    full_state_update = False
+    higher_is_better = False
+    error: Tensor
+    matrix: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("error", "matrix"):
+            self.add_state(name, default=torch.zeros(()), dist_reduce_fx="sum")
+
+    @override
+    def update(self, error: Tensor, matrix: Tensor) -> None:
+        """Add a step.
+
+        Args:
+            error: ‖e‖², a scalar: what was left behind.
+            matrix: ‖M‖², a scalar: gradient and error together.
+        """
+        self.error += error
+        self.matrix += matrix
+
+    @override
+    def compute(self) -> Tensor:
+        """Give the ratio of the norms over all updates, a scalar."""
+        return torch.where(self.matrix > 0, (self.error / self.matrix).sqrt(), torch.zeros_like(self.matrix))
+
+
+class CompressionMonitor(Callback):
+    """Logs the metrics at the trainer's cadence. `PowerSGDStrategy` adds it, unless told ``log_metrics=False``.
+
+    Logged are, as ``powersgd/…``, the ``compression_ratio`` and ``bytes_sent`` of the last step, ``bytes_saved`` since
+    the fit began, and the ``residual_ratio`` of the last step of this rank (with error feedback only: without it there is
+    no residual to measure). One batch an epoch, the first, is logged whatever the cadence, and so is the last.
+
+    Args:
+        prog_bar: show the compression ratio in the progress bar.
+    """
+
+    def __init__(self, prog_bar: bool = False) -> None:
+        self._prog_bar = prog_bar
+        # Each rank logs its own: waiting for the others costs a collective and tells nothing new.
+        self._compression_ratio = CompressionRatio(sync_on_compute=False)
+        self._bytes_sent = BytesSent(sync_on_compute=False)
+        self._bytes_saved = BytesSaved(sync_on_compute=False)
+        self._residual_ratio = ResidualRatio(sync_on_compute=False)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        exchange: GradientExchange | None = getattr(trainer.strategy, "exchange", None)
+        last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
+        if exchange is None or not (batch_idx == 0 or last or trainer._logger_connector.should_update_logs):
+            return
+        state = exchange.state
+        values = {
+            "compression_ratio": _measure(self._compression_ratio, state.dense_bytes, state.sent_bytes),
+            "bytes_sent": _measure(self._bytes_sent, state.dense_bytes, state.sent_bytes),
+            "bytes_saved": _measure(self._bytes_saved, state.total_dense_bytes, state.total_sent_bytes),
+        }
+        if state.config.error_feedback:
+            values["residual_ratio"] = _measure(self._residual_ratio.to(state.device), *exchange.residual_norms())
+        for name, value in values.items():
+            prog_bar = self._prog_bar and name == "compression_ratio"
+            pl_module.log(f"powersgd/{name}", value, on_step=True, on_epoch=False, prog_bar=prog_bar, batch_size=1)
+
+
+def _measure(metric: Metric, *args: float | Tensor) -> Tensor:
+    metric.reset()
+    metric.update(*args)
+    value: Tensor = metric.compute()
+    return value

@@ -1,0 +1,266 @@
+"""What the compressor remembers between steps, keyed by parameter name.
+
+| what | shape | dtype | owner |
+|---|---|---|---|
+| error buffer | the parameter's | ``error_dtype`` | local to the rank; only the mean over ranks affects training |
+| left factor P, right factor Q | (r, n), (r, m) | the payload's | the same on all ranks |
+| step, byte counts | numbers | | the same on all ranks |
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_powersgd.linalg import normalize_rows, permute_columns
+from lightning_powersgd.plan import DEFAULT_GROUP_BYTES, Plan, PowerSGDConfig, Side, Slot, make_plan, parameter_name
+
+FORMAT_VERSION = 1
+
+
+class PowerSGDState:
+    """Error buffers, factors and step of one model.
+
+    Args:
+        named_parameters: as `torch.nn.Module.named_parameters` gives them, already on their device.
+        config: the settings.
+        group_bytes: gradient bytes after which a group of parameters that travel together is closed.
+
+    Attributes:
+        config: the settings.
+        plan: which parameter is compressed, and how.
+        parameters: the trainable parameters by name.
+        errors: error buffers by name; empty without error feedback.
+        factors: by name, the factors held for the next step, by side.
+        held: the side of the factors that the next step starts from; always "right" unless alternating.
+        step: synchronised backward passes so far.
+        dense_bytes: gradient bytes of the last step, as plain all-reduce would have sent them.
+        sent_bytes: bytes handed to collectives for gradients in the last step.
+        total_dense_bytes: ``dense_bytes``, added up over all steps.
+        total_sent_bytes: ``sent_bytes``, added up over all steps.
+
+    Raises:
+        ValueError: if the parameters lie on several devices or on none, or a pattern of the rank matches nothing.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        config: PowerSGDConfig,
+        group_bytes: int = DEFAULT_GROUP_BYTES,
+    ) -> None:
+        named = list(named_parameters)
+        self.config = config
+        self.plan: Plan = make_plan(named, config, group_bytes)
+        self.parameters = {parameter_name(name): parameter for name, parameter in named if parameter.requires_grad}
+        self.device = _common_device(self.parameters)
+        self.step = 0
+        self.held: Side = "right"
+        self.dense_bytes = 0
+        self.sent_bytes = 0
+        self.total_dense_bytes = 0
+        self.total_sent_bytes = 0
+        self.errors: dict[str, Tensor] = {}
+        self.factors: dict[str, dict[Side, Tensor]] = {}
+        for group in self.plan.groups:
+            for slot in group.compressed:
+                if config.error_feedback:
+                    parameter = self.parameters[slot.name]
+                    self.errors[slot.name] = torch.zeros_like(parameter, dtype=config.error_dtype, requires_grad=False)
+                self.factors[slot.name] = {
+                    side: self.first_factor(slot, side).to(self.device, group.dtype)
+                    for side in (("left", "right") if config.alternate else ("right",))
+                }
+
+    @property
+    def compressing(self) -> bool:
+        """Whether the next synchronised backward pass is compressed."""
+        return self.step >= self.config.start_step
+
+    def first_factor(self, slot: Slot, side: Side) -> Tensor:
+        """Draw a random factor on the CPU from the seed and the parameter's name (and, without warm start, the step).
+
+        So it does not depend on the device, the rank, the bucket or the order of parameters.
+
+        Returns:
+            (r, n) for the left side, (r, m) for the right, float32.
+        """
+        draw = f"{self.config.seed}/{slot.name}/{side}" + ("" if self.config.warm_start else f"/{self.step}")
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "little"))
+        return torch.randn(slot.rank, slot.length(side), generator=generator)
+
+    def start_factor(self, slot: Slot) -> Tensor:
+        """Give the factor that this step starts from: the last step's, or without warm start a new random one."""
+        held = self.factors[slot.name][self.held]
+        return held if self.config.warm_start else held.copy_(self.first_factor(slot, self.held))
+
+    def keep_factor(self, slot: Slot, side: Side, factor: Tensor) -> None:
+        """Keep an averaged factor as the next warm start."""
+        kept = self.factors[slot.name][side]
+        kept.copy_(normalize_rows(factor, fallback=kept))
+
+    def matrix_dtype(self, slot: Slot) -> torch.dtype:
+        """Give the dtype in which M = g + e is computed: the wider of the gradient's and the error buffer's."""
+        error = self.errors.get(slot.name)
+        return slot.dtype if error is None else torch.promote_types(slot.dtype, error.dtype)
+
+    def finish_step(self, *, turn: bool = False) -> None:
+        """Count a synchronised backward pass.
+
+        Args:
+            turn: whether new factors were kept. When alternating, the next step starts from their side.
+        """
+        self.step += 1
+        self.total_dense_bytes += self.dense_bytes
+        self.total_sent_bytes += self.sent_bytes
+        if turn and self.config.alternate:
+            self.held = other_side(self.held)
+
+    def state_dict(self, *, error_feedback: bool = True) -> dict[str, Any]:
+        """Give the state as tensors, numbers and strings, by parameter name: loadable with ``weights_only=True``.
+
+        The error buffers are this rank's. Average them first (`average_errors`) for a checkpoint that any rank, at any
+        world size, can resume from.
+
+        Args:
+            error_feedback: whether to include the error buffers.
+        """
+        return {
+            "format_version": FORMAT_VERSION,
+            "settings": self.config.to_dict(),
+            "step": self.step,
+            "held": self.held,
+            "total_dense_bytes": self.total_dense_bytes,
+            "total_sent_bytes": self.total_sent_bytes,
+            "parameters": {slot.name: self._slot_state(slot, error_feedback) for slot in self.plan.compressed},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Take over what `state_dict` gave.
+
+        A buffer whose parameter is still there in its shape is taken over, also under another rank or pattern; a factor
+        also needs its rank and side.
+
+        Args:
+            state: from `state_dict`.
+
+        Returns:
+            What was saved and could not be taken over, or is needed and was not saved: one line each, empty if all fits.
+
+        Raises:
+            ValueError: if the format is unknown, or a parameter's shape differs from the saved one.
+        """
+        version = state.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"The PowerSGD state has format version {version!r}; this version of lightning-powersgd reads"
+                f" {FORMAT_VERSION}. Use the version that wrote the checkpoint, or delete its 'powersgd' entry to start"
+                " with empty error buffers."
+            )
+        saved: Mapping[str, Any] = state["parameters"]
+        for slot in self.plan.slots:
+            found = tuple(saved[slot.name]["shape"]) if slot.name in saved else slot.shape
+            if found != slot.shape:
+                raise ValueError(
+                    f"The PowerSGD state was saved for {slot.name!r} of shape {found}, but the model's has shape"
+                    f" {slot.shape}. Resume with the model that was saved, or delete the checkpoint's 'powersgd' entry."
+                )
+        self.step = state["step"]
+        self.total_dense_bytes = state["total_dense_bytes"]
+        self.total_sent_bytes = state["total_sent_bytes"]
+        self.held = state["held"] if self.config.alternate else "right"
+        dropped = [f"{name}: no longer compressed" for name in saved if name not in self.factors]
+        for slot in self.plan.compressed:
+            dropped += self._load_slot(slot, saved.get(slot.name))
+        return dropped
+
+    def residual_norms(self, projections: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Measure what the last step left behind.
+
+        The residual e = M − P̂ Qᵀ is orthogonal to P̂, so ‖M‖² = ‖e‖² + ‖Q‖² and M itself is not needed.
+
+        Args:
+            projections: this rank's own factors that the last step sent.
+
+        Returns:
+            ‖e‖² and ‖M‖² over all compressed parameters of this rank, as scalars on the state's device.
+        """
+        zero = torch.zeros((), device=self.device)
+        error = sum((torch.linalg.vector_norm(e, dtype=torch.float32) ** 2 for e in self.errors.values()), zero)
+        sent = sum((torch.linalg.vector_norm(q, dtype=torch.float32) ** 2 for q in projections), zero)
+        return error, error + sent
+
+    def to(self, device: torch.device) -> None:
+        """Move the buffers to a device, as Lightning moves an optimizer's state when a fit ends."""
+        self.device = device
+        self.errors = {name: error.to(device) for name, error in self.errors.items()}
+        self.factors = {
+            name: {side: factor.to(device) for side, factor in sides.items()} for name, sides in self.factors.items()
+        }
+
+    def _slot_state(self, slot: Slot, error_feedback: bool) -> dict[str, Any]:
+        factor = self.factors[slot.name][self.held]
+        if self.held == "right":
+            factor = permute_columns(factor, slot.shape, slot.order, to_shape_order=True)
+        entry = {"shape": list(slot.shape), "rank": slot.rank, "factor": factor.clone()}
+        if error_feedback and self.errors:
+            entry["error"] = self.errors[slot.name]
+        return entry
+
+    def _load_slot(self, slot: Slot, saved: Mapping[str, Any] | None) -> list[str]:
+        factor, error = self.factors[slot.name][self.held], self.errors.get(slot.name)
+        if saved is None:
+            if error is not None:
+                error.zero_()
+            return [f"{slot.name}: nothing saved, starts with an empty error buffer"]
+        dropped = []
+        saved_factor = saved["factor"]
+        if saved_factor.shape == factor.shape:
+            if self.held == "right":
+                saved_factor = permute_columns(saved_factor, slot.shape, slot.order, to_shape_order=False)
+            factor.copy_(saved_factor)
+        else:
+            dropped.append(
+                f"{slot.name}: factor of shape {tuple(saved_factor.shape)} where {tuple(factor.shape)} is needed"
+            )
+        if error is not None:
+            if "error" in saved:
+                error.copy_(saved["error"])
+            else:
+                error.zero_()
+                dropped.append(f"{slot.name}: no error buffer saved")
+        return dropped
+
+
+def other_side(side: Side) -> Side:
+    """Give the other side of a factorisation."""
+    return "left" if side == "right" else "right"
+
+
+def require_values(named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that no parameter is on the meta device.
+
+    Raises:
+        ValueError: naming the first that is.
+    """
+    for name, parameter in named_parameters:
+        if parameter.is_meta:
+            raise ValueError(
+                f"The parameter {name!r} is on the meta device and has no values. Materialise the model before training,"
+                " for instance in `configure_model`."
+            )
+
+
+def _common_device(parameters: Mapping[str, Tensor]) -> torch.device:
+    require_values(parameters.items())
+    devices: dict[torch.device, str] = {}
+    for name, parameter in parameters.items():
+        devices.setdefault(parameter.device, name)
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise ValueError(f"The parameters lie on several devices: {places}. Move the whole model to one device.")
+    return next(iter(devices), torch.device("cpu"))

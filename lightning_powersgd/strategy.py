@@ -1,0 +1,320 @@
+"""PowerSGD as a Lightning strategy: the trainer's lifecycle, and nothing else."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import _augment_message
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_powersgd.hook import GradientExchange, attach_powersgd, require_agreement
+from lightning_powersgd.metrics import CompressionMonitor
+from lightning_powersgd.plan import PowerSGDConfig
+from lightning_powersgd.state import require_values
+from lightning_powersgd.version import __version__
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_KEY = "powersgd"
+
+# What cannot be had beside PowerSGD, and why.
+_CONFLICTS = {
+    "ddp_comm_hook": "PowerSGD is itself the communication hook, and DDP takes only one",
+    "ddp_comm_state": "it belongs to another communication hook, and PowerSGD keeps its own state",
+    "ddp_comm_wrapper": "it would change the gradients' dtype around the hook; use `comm_dtype` instead",
+    "model_averaging_period": "it averages parameters now and then, which PowerSGD's replicas, always equal, do not need",
+    "mixed_precision": "it needs DDP's only communication hook; use `Trainer(precision=...)` instead",
+    "skip_all_reduce_unused_params": "PowerSGD needs every bucket in every step; use `find_unused_parameters` alone",
+}
+
+
+class PowerSGDStrategy(DDPStrategy):
+    """Distributed data-parallel training with PowerSGD gradient compression.
+
+    Use it as ``Trainer(strategy=PowerSGDStrategy(rank=2))``, or by name as ``Trainer(strategy="powersgd")``. It is
+    `lightning.pytorch.strategies.DDPStrategy` in everything but the exchange of gradients
+    (Vogels, Karimireddy and Jaggi, NeurIPS 2019, arXiv 1905.13727).
+
+    Args:
+        rank: columns kept of each factor. Higher: better approximation, but more bytes and more arithmetic, both in
+            proportion. A mapping gives parameter-name patterns (``fnmatch``) a rank of their own: the first match wins, 0
+            sends a parameter whole, ``"*"`` stands for the rest; a parameter that no pattern matches is sent whole.
+        start_step: synchronised backward passes that are averaged exactly before compression starts. Raise it if the
+            loss jumps at the beginning of training.
+        min_compression_ratio: a matrix whose dense / sent ratio is below this is sent whole. Higher: fewer matrices are
+            compressed, and less arithmetic is spent on those that save little. At least 1.
+        alternate: send only one of the two factors on successive steps, in turn: one all-reduce a step and half the
+            bytes, at a slower-moving approximation.
+        error_feedback: add what one step did not send to the next step's gradient. Costs one buffer of the size of the
+            compressed gradients; without it, low ranks reach a worse loss.
+        warm_start: start from the factor of the last step instead of a random one.
+        error_dtype: dtype of the error buffers, such as "bfloat16" to halve their memory. None is the gradient's.
+        comm_dtype: dtype of the factors on the wire, such as "bfloat16" to halve their bytes. None is the gradient's.
+        seed: of the first random factors.
+        log_metrics: log ``powersgd/compression_ratio``, ``bytes_sent``, ``bytes_saved`` and ``residual_ratio`` at the
+            trainer's cadence, without any callback being added by hand.
+        prog_bar: show the compression ratio in the progress bar. Needs ``log_metrics``.
+        checkpoint_error_feedback: put the error buffers into checkpoints: one buffer a compressed parameter at any number
+            of ranks. Without them a resumed run loses what had not been sent yet.
+        accelerator: as in ``DDPStrategy``; set by the trainer.
+        parallel_devices: as in ``DDPStrategy``; set by the trainer.
+        cluster_environment: as in ``DDPStrategy``; set by the trainer.
+        checkpoint_io: as in ``DDPStrategy``.
+        precision_plugin: as in ``DDPStrategy``; set by the trainer.
+        ddp_comm_state: not accepted, since PowerSGD keeps its own state.
+        ddp_comm_hook: not accepted, since PowerSGD is itself the hook.
+        ddp_comm_wrapper: not accepted; use ``comm_dtype``.
+        model_averaging_period: not accepted, since replicas are always equal.
+        process_group_backend: such as "nccl" or "gloo"; None chooses by the device.
+        timeout: of collectives.
+        start_method: how processes are started: "popen", "spawn", "fork" or "forkserver".
+        find_unused_parameters: let DDP look for parameters that the loss does not depend on.
+        static_graph: promise DDP that the same parameters are used in every step.
+        gradient_as_bucket_view: let gradients live in DDP's buckets, which saves a copy of them.
+        bucket_cap_mb: MiB of gradients in a bucket, and in a group of parameters whose factors travel together. None is
+            DDP's default, 25. Smaller: communication starts earlier, in more messages.
+        **ddp_kwargs: any other argument of ``torch.nn.parallel.DistributedDataParallel``.
+
+    Raises:
+        TypeError: for an unknown argument, or one of the wrong type.
+        ValueError: for an argument out of range, or one that cannot be had beside PowerSGD.
+    """
+
+    def __init__(
+        self,
+        rank: int | Mapping[str, int] = 2,
+        start_step: int = 0,
+        min_compression_ratio: float = 2.0,
+        alternate: bool = False,
+        error_feedback: bool = True,
+        warm_start: bool = True,
+        error_dtype: torch.dtype | str | None = None,
+        comm_dtype: torch.dtype | str | None = None,
+        seed: int = 0,
+        log_metrics: bool = True,
+        prog_bar: bool = False,
+        checkpoint_error_feedback: bool = True,
+        *,
+        accelerator: pl.accelerators.Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        ddp_comm_state: object | None = None,
+        ddp_comm_hook: Callable[..., Any] | None = None,
+        ddp_comm_wrapper: Callable[..., Any] | None = None,
+        model_averaging_period: int | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        bucket_cap_mb: float | None = None,
+        **ddp_kwargs: Any,
+    ) -> None:
+        _reject_unknown(ddp_kwargs)
+        _reject_conflicts(
+            ddp_comm_state=ddp_comm_state,
+            ddp_comm_hook=ddp_comm_hook,
+            ddp_comm_wrapper=ddp_comm_wrapper,
+            model_averaging_period=model_averaging_period,
+            **ddp_kwargs,
+        )
+        self.config = PowerSGDConfig(
+            rank=rank,
+            start_step=start_step,
+            min_compression_ratio=min_compression_ratio,
+            alternate=alternate,
+            error_feedback=error_feedback,
+            warm_start=warm_start,
+            error_dtype=error_dtype,
+            comm_dtype=comm_dtype,
+            seed=seed,
+        )
+        if prog_bar and not log_metrics:
+            raise ValueError("`prog_bar=True` needs `log_metrics=True`. Set both, or leave the progress bar alone.")
+        if bucket_cap_mb is not None:
+            if not bucket_cap_mb > 0:
+                raise ValueError(f"`bucket_cap_mb={bucket_cap_mb}` is not positive. Use a number of MiB, or None for 25.")
+            ddp_kwargs["bucket_cap_mb"] = bucket_cap_mb
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            **ddp_kwargs,
+        )
+        self.checkpoint_error_feedback = checkpoint_error_feedback
+        self._monitor = CompressionMonitor(prog_bar=prog_bar) if log_metrics else None
+        self._exchange: GradientExchange | None = None
+        self._trainable: tuple[bool, ...] = ()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Register ``powersgd`` and its variants in a registry. A second call registers them again, and does no harm."""
+        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+            for ending, find_unused in (("", False), ("_find_unused_parameters_true", True)):
+                strategy_registry.register(
+                    f"powersgd{suffix}{ending}",
+                    cls,
+                    description=f"PowerSGD with `start_method` '{start_method}', `find_unused_parameters` {find_unused}",
+                    override=True,
+                    start_method=start_method,
+                    find_unused_parameters=find_unused,
+                )
+
+    @property
+    def exchange(self) -> GradientExchange | None:
+        """The exchange of the current or the last fit, with the compressor's state; ``None`` before the first."""
+        return self._exchange
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            assert self.lightning_module is not None
+            require_values(self.lightning_module.named_parameters())
+            # Like the optimizers, a new fit starts afresh, unless a checkpoint is resumed.
+            self._exchange = None
+            if self._monitor is not None and self._monitor not in trainer.callbacks:  # type: ignore[attr-defined]
+                # First, so that the progress bar shows this step's values.
+                trainer.callbacks.insert(0, self._monitor)  # type: ignore[attr-defined]
+        super().setup(trainer)
+
+    @override
+    def configure_ddp(self) -> None:
+        assert self.lightning_module is not None
+        # Before DDP makes its own checks, which leave the ranks that agree with rank 0 waiting for those that do not.
+        require_agreement(self._fingerprint(), self._ddp_kwargs.get("process_group"))
+        self._trainable = self._trainable_now()
+        # A second pass with static graph and manual optimization starts over with DDP's first-step delay.
+        self._pl_static_graph_delay_done = False
+        super().configure_ddp()
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        # Lightning registers hooks on CUDA only, and says nothing elsewhere.
+        assert isinstance(self.model, DistributedDataParallel)
+        previous, self._exchange = self._exchange, attach_powersgd(self.model, self.config)
+        state = self._exchange.state
+        if previous is not None:
+            state.load_state_dict(previous.state.state_dict())
+        say = rank_zero_info if any(state.plan.compressed) else rank_zero_warn
+        say(f"{state.plan.summary(alternate=self.config.alternate)}.")
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._follow_frozen_parameters()
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        # A weights-only checkpoint has no optimizer states, and none of ours either.
+        if self._exchange is not None and "optimizer_states" in checkpoint:
+            if self.checkpoint_error_feedback:
+                self._exchange.average_errors()
+            checkpoint[CHECKPOINT_KEY] = self._exchange.state.state_dict(error_feedback=self.checkpoint_error_feedback)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self._exchange is None:
+            return
+        if CHECKPOINT_KEY not in checkpoint:
+            rank_zero_info("The checkpoint has no PowerSGD state: error buffers start empty.")
+            return
+        not_carried_over = self._exchange.state.load_state_dict(checkpoint[CHECKPOINT_KEY])
+        if not_carried_over:
+            lines = "\n  ".join(not_carried_over)
+            rank_zero_warn(f"Not all of the checkpoint's PowerSGD state could be carried over:\n  {lines}")
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        _augment_message(
+            exception,
+            pattern=".*Expected to have finished reduction in the prior iteration.*",
+            new_message=(
+                "The loss that `training_step` returned does not depend on all of the parameters. If that is intended, let"
+                " DDP look for unused ones: `strategy='powersgd_find_unused_parameters_true'` or"
+                " `PowerSGDStrategy(find_unused_parameters=True)`."
+            ),
+        )
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        if self._exchange is not None:
+            # Out of the accelerator's memory, as Lightning does with the optimizers, and at hand for a last checkpoint.
+            self._exchange.state.to(torch.device("cpu"))
+
+    def _fingerprint(self) -> dict[str, str]:
+        """Describe what must be the same on every rank."""
+        assert self.lightning_module is not None
+        fingerprint = {"the version of lightning_powersgd": __version__}
+        fingerprint |= {f"the argument `{name}`": repr(value) for name, value in self.config.to_dict().items()}
+        for name, parameter in self.lightning_module.named_parameters():
+            kind = "trainable" if parameter.requires_grad else "frozen"
+            fingerprint[f"the parameter {name!r}"] = f"{kind} {tuple(parameter.shape)} {parameter.dtype}"
+        return fingerprint
+
+    def _trainable_now(self) -> tuple[bool, ...]:
+        assert self.lightning_module is not None
+        return tuple(parameter.requires_grad for parameter in self.lightning_module.parameters())
+
+    def _follow_frozen_parameters(self) -> None:
+        """Wrap the module anew when parameters were unfrozen or frozen since DDP looked at them.
+
+        DDP decides at its construction which gradients it averages. It would leave the replicas of parameters unfrozen
+        later to drift apart without a word, and wait forever for the gradients of those frozen later.
+        """
+        trainable = self._trainable_now()
+        if trainable == self._trainable or not isinstance(self.model, DistributedDataParallel):
+            return
+        unfrozen = any(now and not before for now, before in zip(trainable, self._trainable, strict=True))
+        if unfrozen or not self.model.find_unused_parameters:
+            log.debug("parameters were frozen or unfrozen: wrapping the module in DistributedDataParallel again")
+            self.model.reducer._remove_autograd_hooks()
+            self.model = self.lightning_module
+            self.configure_ddp()
+
+
+def _reject_unknown(ddp_kwargs: Mapping[str, Any]) -> None:
+    ours = inspect.signature(PowerSGDStrategy.__init__).parameters
+    known = {*ours, *inspect.signature(DistributedDataParallel.__init__).parameters} - {"self", "ddp_kwargs"}
+    known -= {"module", "device_ids"}  # the trainer's
+    for name in ddp_kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean `{close[0]}`?" if close else "See the documentation of PowerSGDStrategy for a list."
+            raise TypeError(f"PowerSGDStrategy has no argument `{name}`. {hint}")
+
+
+def _reject_conflicts(**arguments: Any) -> None:
+    for name, why in _CONFLICTS.items():
+        if arguments.get(name) not in (None, False):
+            raise ValueError(f"`{name}` cannot be used with PowerSGDStrategy: {why}. Remove `{name}`.")
