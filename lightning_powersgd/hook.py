@@ -164,7 +164,9 @@ class GradientExchange:
                     " DistributedDataParallel with PowerSGD attached to it."
                 )
             group, slot = self._place[parameter]
-            group.gradients[slot.name] = gradient
+            # DDP lays gradients out in memory as their parameters are (`channels_last`, say), but shows them contiguous.
+            layout = parameter if slot.rank else gradient
+            group.gradients[slot.name] = gradient.as_strided(layout.shape, layout.stride())
         while self._started < len(self._groups) and self._groups[self._started].complete:
             self._groups[self._started].start()
             if self._started > 0:

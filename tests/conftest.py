@@ -1,0 +1,32 @@
+"""Tiers, cheapest first: pure functions in this process; two and four gloo ranks; whole Trainer runs on those ranks; and
+last, programs started as a user starts them. A test that needs a GPU says so where it is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from ranks import Ranks
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two gloo ranks."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    """Four gloo ranks."""
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()

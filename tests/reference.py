@@ -1,0 +1,73 @@
+"""The algorithm, slow and obvious: all ranks in one process, in float64, one matrix at a time, as in the paper.
+
+Everything fast is compared with this. It keeps P as (n, r) and Q as (m, r), copies freely, and knows no buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def mean(tensors: list[Tensor]) -> Tensor:
+    """The mean over ranks."""
+    return torch.stack(tensors).mean(dim=0)
+
+
+def orth(matrix: Tensor) -> Tensor:
+    """Gram–Schmidt, in the order of the columns."""
+    columns: list[Tensor] = []
+    for column in matrix.unbind(dim=1):
+        rest = column
+        for _ in range(2):  # twice is enough, whatever the condition
+            for done in columns:
+                rest = rest - done * (done @ rest)
+        columns.append(rest / rest.norm())
+    return torch.stack(columns, dim=1)
+
+
+class Reference:
+    """PowerSGD for one matrix on W ranks.
+
+    Args:
+        first_factor: gives the first P, (n, r), or Q, (m, r), for the side "left" or "right".
+        world_size: W.
+        alternate: send only one factor a step.
+    """
+
+    def __init__(self, first_factor: Callable[[str], Tensor], world_size: int, alternate: bool = False) -> None:
+        self.Q = first_factor("right").double()
+        self.P = first_factor("left").double()
+        self.e = [torch.zeros(len(self.P), len(self.Q), dtype=torch.float64) for _ in range(world_size)]
+        self.alternate = alternate
+        self.step = 0
+
+    def __call__(self, gradients: list[Tensor]) -> Tensor:
+        """Give ĝ, which every rank receives, for the matrices g_w of the ranks."""
+        # M_w = g_w + e_w
+        M = [g.double().reshape(e.shape) + e for g, e in zip(gradients, self.e, strict=True)]
+        if not self.alternate:
+            # P̄ = mean_w M_w Q,  P̂ = orth(P̄)
+            P_hat = orth(mean([M_w @ self.Q for M_w in M]))
+            # Q_w = M_wᵀ P̂,  Q = mean_w Q_w,  ĝ = P̂ Qᵀ,  e_w = M_w − P̂ Q_wᵀ
+            Q = [M_w.T @ P_hat for M_w in M]
+            self.Q = mean(Q)
+            self.e = [M_w - P_hat @ Q_w.T for M_w, Q_w in zip(M, Q, strict=True)]
+            return P_hat @ self.Q.T
+        if self.step % 2 == 0:
+            # Q̂ = orth(Q),  P_w = M_w Q̂,  ĝ = P̄ Q̂ᵀ
+            Q_hat = orth(self.Q)
+            P = [M_w @ Q_hat for M_w in M]
+            self.P = mean(P)
+            self.e = [M_w - P_w @ Q_hat.T for M_w, P_w in zip(M, P, strict=True)]
+            self.step += 1
+            return self.P @ Q_hat.T
+        # The mirror image.
+        P_hat = orth(self.P)
+        Q = [M_w.T @ P_hat for M_w in M]
+        self.Q = mean(Q)
+        self.e = [M_w - P_hat @ Q_w.T for M_w, Q_w in zip(M, Q, strict=True)]
+        self.step += 1
+        return P_hat @ self.Q.T
