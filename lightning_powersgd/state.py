@@ -189,10 +189,8 @@ class PowerSGDState:
         Returns:
             ‖e‖² and ‖M‖² over all compressed parameters of this rank, as scalars on the state's device.
         """
-        zero = torch.zeros((), device=self.device)
-        error = sum((torch.linalg.vector_norm(e, dtype=torch.float32) ** 2 for e in self.errors.values()), zero)
-        sent = sum((torch.linalg.vector_norm(q, dtype=torch.float32) ** 2 for q in projections), zero)
-        return error, error + sent
+        error = _squared_norm(self.errors.values(), self.device)
+        return error, error + _squared_norm(projections, self.device)
 
     def to(self, device: torch.device) -> None:
         """Move the buffers to a device, as Lightning moves an optimizer's state when a fit ends."""
@@ -239,6 +237,13 @@ class PowerSGDState:
 def other_side(side: Side) -> Side:
     """Give the other side of a factorisation."""
     return "left" if side == "right" else "right"
+
+
+def _squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), device=device)
+    for tensor in tensors:
+        total += torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) ** 2
+    return total
 
 
 def require_values(named_parameters: Iterable[tuple[str, Tensor]]) -> None:

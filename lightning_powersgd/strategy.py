@@ -152,7 +152,9 @@ class PowerSGDStrategy(DDPStrategy):
             raise ValueError("`prog_bar=True` needs `log_metrics=True`. Set both, or leave the progress bar alone.")
         if bucket_cap_mb is not None:
             if not bucket_cap_mb > 0:
-                raise ValueError(f"`bucket_cap_mb={bucket_cap_mb}` is not positive. Use a number of MiB, or None for 25.")
+                raise ValueError(
+                    f"`bucket_cap_mb={bucket_cap_mb}` is not positive. Use a number of MiB, or None for 25."
+                )
             ddp_kwargs["bucket_cap_mb"] = bucket_cap_mb
         super().__init__(
             accelerator=accelerator,

@@ -1,0 +1,84 @@
+"""Lightning modules that tests train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from ranks import gather_equal
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_powersgd  # noqa: F401  (registers the strategies, as a user's import does)
+
+
+class Classifier(LightningModule):
+    """A small net on data that can be learnt."""
+
+    def __init__(self, optimizer: str = "sgd", lr: float = 0.05, batch_norm: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        norm = [nn.BatchNorm1d(48)] if batch_norm else []
+        self.net = nn.Sequential(nn.Linear(32, 48), *norm, nn.ReLU(), nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 10))
+        self.optimizer, self.lr = optimizer, lr
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y), sync_dist=True)
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]), sync_dist=True)
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).argmax(dim=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def loader(samples: int = 160, batch_size: int = 8, shuffle: bool = True) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    rule = torch.randn(32, 10, generator=generator)
+    x = torch.randn(samples, 32, generator=generator)
+    y = (x @ rule).argmax(dim=1)
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=shuffle)
+
+
+def trainer(strategy: Any = "powersgd", *, root: str | Path, **kwargs: Any) -> Trainer:
+    """A quiet two- or four-rank trainer in the current rank's process group."""
+    defaults: dict[str, Any] = {
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "deterministic": True,
+    }
+    return Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        default_root_dir=root,
+        **{**defaults, **kwargs},
+    )
+
+
+def replicas_agree(module: nn.Module) -> bool:
+    return gather_equal(list(module.parameters()))

@@ -1,0 +1,165 @@
+"""Tier one: what is remembered, saved and taken over."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from lightning_powersgd import PowerSGDConfig, PowerSGDState
+
+
+def make_state(rows: int = 40, **config: Any) -> PowerSGDState:
+    net = nn.ModuleDict({"a": nn.Linear(30, rows), "b": nn.Conv2d(8, 20, 3, bias=False)})
+    return PowerSGDState(net.named_parameters(), PowerSGDConfig(**config))
+
+
+def filled(**config: Any) -> PowerSGDState:
+    state = make_state(**config)
+    generator = torch.Generator().manual_seed(1)
+    for error in state.errors.values():
+        error.copy_(torch.randn(error.shape, generator=generator))
+    for slot in state.plan.compressed:
+        for side, factor in state.factors[slot.name].items():
+            state.keep_factor(slot, side, torch.randn(factor.shape, generator=generator))
+    state.step, state.total_dense_bytes, state.total_sent_bytes = 7, 100, 10
+    return state
+
+
+def test_buffers_are_there_for_compressed_parameters_only():
+    state = make_state(rank=3, error_dtype="bfloat16")
+    assert {name: (e.shape, e.dtype) for name, e in state.errors.items()} == {
+        "b.weight": ((20, 8, 3, 3), torch.bfloat16),
+        "a.weight": ((40, 30), torch.bfloat16),
+    }
+    assert {name: dict(f) for name, f in state.factors.items()}["a.weight"]["right"].shape == (3, 30)
+    assert make_state(error_feedback=False).errors == {}
+    assert set(make_state(alternate=True).factors["a.weight"]) == {"left", "right"}
+
+
+def test_first_factors_depend_on_the_seed_and_the_name_alone():
+    first = make_state().factors
+    assert torch.equal(first["a.weight"]["right"], make_state().factors["a.weight"]["right"])
+    assert not torch.equal(first["a.weight"]["right"], make_state(seed=1).factors["a.weight"]["right"])
+    torch.manual_seed(5)
+    net = nn.ModuleDict({"c": nn.Linear(9, 9), "a": nn.Linear(30, 40)})
+    other = PowerSGDState(net.named_parameters(), PowerSGDConfig(), group_bytes=1)
+    assert torch.equal(first["a.weight"]["right"], other.factors["a.weight"]["right"])
+
+
+def test_drawing_factors_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    net = nn.utils.skip_init(nn.Linear, 30, 40)
+    PowerSGDState(net.named_parameters(), PowerSGDConfig())
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_without_warm_start_every_step_draws_anew():
+    state = make_state(warm_start=False)
+    slot = next(iter(state.plan.compressed))
+    first = state.start_factor(slot).clone()
+    state.finish_step()
+    assert not torch.equal(state.start_factor(slot), first)
+
+
+@pytest.mark.parametrize("config", [{}, {"alternate": True}, {"error_dtype": "bfloat16"}, {"rank": {"a*": 3}}], ids=str)
+def test_state_survives_a_file_bit_for_bit(config):
+    state = filled(**config)
+    file = io.BytesIO()
+    torch.save(state.state_dict(), file)
+    file.seek(0)
+    loaded = make_state(**config)
+    assert loaded.load_state_dict(torch.load(file, weights_only=True)) == []
+    assert loaded.step == 7
+    assert (loaded.total_dense_bytes, loaded.total_sent_bytes) == (100, 10)
+    for name, error in state.errors.items():
+        assert torch.equal(error, loaded.errors[name])
+    for name, sides in state.factors.items():
+        assert torch.equal(sides[state.held], loaded.factors[name][state.held])
+
+
+def test_keys_of_the_checkpoint_are_a_contract():
+    saved = filled(rank={"a*": 3, "*": 2}).state_dict()
+    assert set(saved) == {
+        "format_version",
+        "settings",
+        "step",
+        "held",
+        "total_dense_bytes",
+        "total_sent_bytes",
+        "parameters",
+    }
+    assert set(saved["parameters"]["a.weight"]) == {"shape", "rank", "factor", "error"}
+    assert saved["parameters"]["a.weight"]["rank"] == 3
+    assert saved["parameters"]["b.weight"]["shape"] == [20, 8, 3, 3]
+
+
+def test_a_factor_saved_in_another_memory_format_is_taken_over_in_place():
+    contiguous = filled()
+    net = nn.ModuleDict({"a": nn.Linear(30, 40), "b": nn.Conv2d(8, 20, 3, bias=False)})
+    net.to(memory_format=torch.channels_last)
+    other = PowerSGDState(net.named_parameters(), PowerSGDConfig())
+    assert other.load_state_dict(contiguous.state_dict()) == []
+    assert not torch.equal(other.factors["b.weight"]["right"], contiguous.factors["b.weight"]["right"])
+    factors = [state.state_dict()["parameters"]["b.weight"]["factor"] for state in (contiguous, other)]
+    assert torch.equal(*factors)
+    assert torch.equal(other.errors["b.weight"], contiguous.errors["b.weight"])
+
+
+def test_another_rank_keeps_the_errors_and_says_what_was_not_kept():
+    state = filled(rank=2)
+    loaded = make_state(rank={"a*": 3, "b*": 0})
+    untouched = loaded.factors["a.weight"]["right"].clone()
+    dropped = loaded.load_state_dict(state.state_dict())
+    assert dropped == [
+        "b.weight: no longer compressed",
+        "a.weight: factor of shape (2, 30) where (3, 30) is needed",
+    ]
+    assert torch.equal(loaded.errors["a.weight"], state.errors["a.weight"])
+    assert torch.equal(loaded.factors["a.weight"]["right"], untouched)
+
+
+def test_a_new_parameter_and_missing_errors_start_empty():
+    loaded = filled()
+    saved = copy.deepcopy(filled().state_dict(error_feedback=False))
+    del saved["parameters"]["b.weight"]
+    assert loaded.load_state_dict(saved) == [
+        "b.weight: nothing saved, starts with an empty error buffer",
+        "a.weight: no error buffer saved",
+    ]
+    assert not any(error.any() for error in loaded.errors.values())
+
+
+def test_another_shape_is_an_error_that_names_the_parameter():
+    with pytest.raises(ValueError, match=r"'a\.weight' of shape \(40, 30\).*shape \(41, 30\)"):
+        make_state(rows=41).load_state_dict(filled().state_dict())
+
+
+def test_another_format_is_an_error_that_names_the_remedy():
+    saved = filled().state_dict() | {"format_version": 99}
+    with pytest.raises(ValueError, match="format version 99.*delete its 'powersgd' entry"):
+        make_state().load_state_dict(saved)
+
+
+def test_parameters_without_values_or_on_several_devices_are_refused():
+    meta = nn.Linear(8, 8, device="meta")
+    with pytest.raises(ValueError, match="'weight' is on the meta device"):
+        PowerSGDState(meta.named_parameters(), PowerSGDConfig())
+    with FakeTensorMode():
+        parameters = [("here", nn.Parameter(torch.empty(3))), ("there", nn.Parameter(torch.empty(3, device="cuda")))]
+    with pytest.raises(ValueError, match="several devices: 'here' on cpu, 'there' on cuda"):
+        PowerSGDState(parameters, PowerSGDConfig())
+
+
+def test_a_model_without_trainable_parameters_has_an_empty_plan():
+    net = nn.Linear(30, 40).requires_grad_(False)
+    state = PowerSGDState(net.named_parameters(), PowerSGDConfig())
+    assert list(state.plan.slots) == []
+    assert state.load_state_dict(state.state_dict()) == []

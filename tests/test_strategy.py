@@ -1,0 +1,724 @@
+"""Tier three: what a Trainer can do, with PowerSGD, on two real ranks."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    Callback,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from models import Classifier, loader, replicas_agree, trainer
+from ranks import counted_all_reduce
+from torch import Tensor, nn
+
+from lightning_powersgd import PowerSGDConfig, PowerSGDState, PowerSGDStrategy
+
+
+@pytest.fixture
+def fit(two_ranks, tmp_path):
+    """Run a function on both ranks with a directory of its own."""
+
+    def run(function, *args: Any, **kwargs: Any) -> list[Any]:
+        return two_ranks.run(function, str(tmp_path), *args, **kwargs)
+
+    return run
+
+
+class Steps(Callback):
+    """Notes, at every optimizer step, the exchange's step and the norm of the gradients."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.norms: list[float] = []
+        self.largest: list[float] = []
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.steps.append(trainer.strategy.exchange.state.step)
+        if grads:
+            self.norms.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+            self.largest.append(max(float(g.abs().max()) for g in grads))
+
+
+def train(root: str, strategy: Any = "powersgd", model: Any = None, data: Any = None, **kwargs: Any) -> dict[str, Any]:
+    model = Classifier() if model is None else model
+    run = trainer(strategy, root=root, **kwargs)
+    run.fit(model, data or loader(), loader(32, shuffle=False))
+    module = getattr(model, "_orig_mod", model)
+    state = run.strategy.exchange.state
+    return {
+        "metrics": {name: float(value) for name, value in run.callback_metrics.items()},
+        "agree": replicas_agree(module),
+        "step": state.step,
+        "compressed": len(list(state.plan.compressed)),
+        "parameters": {name: p.detach().clone() for name, p in module.named_parameters()},
+        "global_step": run.global_step,
+    }
+
+
+@pytest.mark.parametrize("strategy", ["powersgd", "powersgd_find_unused_parameters_true"])
+def test_training_learns_and_replicas_agree(fit, strategy):
+    for result in fit(train, strategy, max_epochs=10):
+        assert result["agree"]
+        assert result["step"] == result["global_step"] == 100
+        assert result["compressed"] == 3
+        assert result["metrics"]["train_loss"] < 1.0
+
+
+def test_the_loss_is_close_to_ddps(fit):
+    powersgd = fit(train, "powersgd", max_epochs=20)[0]["metrics"]
+    ddp = fit(_train_ddp)[0]
+    assert powersgd["val_loss"] == pytest.approx(ddp, abs=0.3)
+
+
+def _train_ddp(root: str) -> float:
+    run = trainer("ddp", root=root, max_epochs=20)
+    run.fit(Classifier(), loader(), loader(32, shuffle=False))
+    return float(run.callback_metrics["val_loss"])
+
+
+def test_ddp_holds_the_hook_on_cpu(fit):
+    assert fit(_hook_name) == ["powersgd_hook"] * 2
+
+
+def _hook_name(root: str) -> str:
+    names: list[str] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            names.append(trainer.strategy.model._get_ddp_logging_data()["comm_hook"])
+
+    train(root, callbacks=[Look()], max_steps=1)
+    return names[0]
+
+
+def test_gradient_accumulation_counts_synchronised_passes_only(fit):
+    for steps, sent_calls in fit(_accumulate):
+        # Noted before each backward pass: no step was counted for a pass that was not synchronised.
+        assert steps == [0, 1, 2, 3, 4]
+        assert sent_calls == 2 * 5
+
+
+def _accumulate(root: str) -> tuple[list[int], int]:
+    # Four batches of each rank's ten make one step, and the last step of the epoch has two.
+    noted = Steps()
+    with counted_all_reduce() as sent:
+        train(root, accumulate_grad_batches=4, max_steps=5, max_epochs=-1, callbacks=[noted], log_every_n_steps=1)
+    groups_bytes = [nbytes for nbytes in sent if nbytes > 100]
+    return noted.steps, len(groups_bytes)
+
+
+@pytest.mark.parametrize(("algorithm", "value"), [("norm", 0.01), ("value", 0.001)])
+def test_gradient_clipping(fit, algorithm, value):
+    for result, measured in fit(_clip, algorithm, value):
+        assert result["agree"]
+        assert all(0 < found <= value * 1.001 for found in measured)
+
+
+def _clip(root: str, algorithm: str, value: float) -> tuple[dict[str, Any], list[float]]:
+    noted = Steps()
+    kwargs = {"gradient_clip_val": value, "gradient_clip_algorithm": algorithm, "callbacks": [noted], "max_steps": 4}
+    result = train(root, **kwargs)
+    return result, noted.norms if algorithm == "norm" else noted.largest
+
+
+class Manual(Classifier):
+    """Manual optimisation with its own accumulation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.log("train_loss", loss)
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_manual_optimisation(fit, static_graph):
+    for result in fit(_manual, static_graph):
+        assert result["agree"]
+        assert result["step"] == 10
+
+
+def _manual(root: str, static_graph: bool) -> dict[str, Any]:
+    return train(root, PowerSGDStrategy(static_graph=static_graph), model=Manual(), max_epochs=1)
+
+
+class Gan(Classifier):
+    """A generator and a discriminator that take turns, each with its own optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = nn.Identity()
+        self.generator = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 32))
+        self.discriminator = nn.Sequential(nn.Linear(32, 40), nn.ReLU(), nn.Linear(40, 1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        generator_optimizer, discriminator_optimizer = self.optimizers()
+        real, noise = batch[0], torch.randn(len(batch[0]), 16)
+
+        self.toggle_optimizer(generator_optimizer)
+        loss = F.softplus(-self.discriminator(self.generator(noise))).mean()
+        generator_optimizer.zero_grad()
+        self.manual_backward(loss)
+        generator_optimizer.step()
+        self.untoggle_optimizer(generator_optimizer)
+
+        self.toggle_optimizer(discriminator_optimizer)
+        fake = self.generator(noise).detach()
+        loss = (F.softplus(-self.discriminator(real)) + F.softplus(self.discriminator(fake))).mean()
+        discriminator_optimizer.zero_grad()
+        self.manual_backward(loss)
+        discriminator_optimizer.step()
+        self.untoggle_optimizer(discriminator_optimizer)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Adam(m.parameters(), lr=0.01) for m in (self.generator, self.discriminator)]
+
+
+@pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
+def test_several_optimizers(fit, alternate):
+    for result in fit(_gan, alternate):
+        assert result["agree"]
+        assert result["step"] == 20
+
+
+def _gan(root: str, alternate: bool) -> dict[str, Any]:
+    strategy = PowerSGDStrategy(find_unused_parameters=True, alternate=alternate)
+    return train(root, strategy, model=Gan(), max_epochs=1)
+
+
+class Unused(Classifier):
+    """Has a layer that only every second batch uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(32, 32)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x = batch[0] + self.extra(batch[0]) if batch_idx % 2 else batch[0]
+        return F.cross_entropy(self(x), batch[1])
+
+
+def test_unused_parameters(fit):
+    strategy = "powersgd_find_unused_parameters_true"
+    assert all(result["agree"] for result in fit(_train_unused, strategy))
+
+
+def _train_unused(root: str, strategy: str) -> dict[str, Any]:
+    return train(root, strategy, model=Unused())
+
+
+def test_unused_parameters_without_the_switch_end_in_advice(two_ranks, tmp_path):
+    for text in two_ranks.run_to_errors(_train_unused, str(tmp_path), "powersgd"):
+        assert "powersgd_find_unused_parameters_true" in text
+
+
+def test_static_graph(fit):
+    found = fit(_train_static, True)
+    expected = fit(_train_static, False)
+    assert found[0]["agree"]
+    assert all(torch.equal(p, expected[0]["parameters"][name]) for name, p in found[0]["parameters"].items())
+
+
+def _train_static(root: str, static_graph: bool) -> dict[str, Any]:
+    return train(root, PowerSGDStrategy(static_graph=static_graph), max_epochs=1)
+
+
+def test_sync_batchnorm_is_left_to_ddp(two_ranks, tmp_path):
+    # SyncBatchNorm needs a GPU, and DDP says so on a CPU: the layer was converted, and DDP saw it.
+    for text in two_ranks.run_to_errors(_sync_batchnorm, str(tmp_path)):
+        assert "SyncBatchNorm layers only work with GPU modules" in text
+
+
+def _sync_batchnorm(root: str) -> None:
+    train(root, model=Classifier(batch_norm=True), sync_batchnorm=True)
+
+
+def test_batch_norm(fit):
+    assert all(result["agree"] for result in fit(_batch_norm))
+
+
+def _batch_norm(root: str) -> dict[str, Any]:
+    return train(root, model=Classifier(batch_norm=True))
+
+
+class Tied(Classifier):
+    """An encoder and a decoder that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+        self.decoder.weight = self.encoder.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.decoder(F.relu(self.encoder(x))))
+
+
+def test_shared_weights(fit):
+    for result in fit(_tied):
+        assert result["agree"]
+        assert result["compressed"] == 4
+
+
+def _tied(root: str) -> dict[str, Any]:
+    return train(root, model=Tied())
+
+
+class Unfreeze(BaseFinetuning):
+    """Trains the first layer from the second epoch on only, as fine-tuning does, and freezes the last in the third."""
+
+    def freeze_before_training(self, pl_module) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+        if epoch == 2:
+            self.freeze(pl_module.net[4])
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_parameters_frozen_and_unfrozen_during_training(fit, find_unused):
+    for result, changed in fit(_unfreeze, find_unused):
+        assert result["agree"], "replicas of an unfrozen layer drifted apart"
+        assert changed == {0: [False, True, True], 4: [True, True, False]}
+        assert result["step"] == 30
+
+
+def _unfreeze(root: str, find_unused: bool) -> tuple[dict[str, Any], dict[int, list[bool]]]:
+    changed: dict[int, list[bool]] = {0: [], 4: []}
+
+    class Watch(Callback):
+        def on_train_epoch_start(self, trainer, pl_module) -> None:
+            self.before = {layer: pl_module.net[layer].weight.detach().clone() for layer in changed}
+
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            for layer, weight in self.before.items():
+                changed[layer].append(not torch.equal(weight, pl_module.net[layer].weight))
+
+    class Few(Classifier):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+    strategy = PowerSGDStrategy(find_unused_parameters=find_unused)
+    return train(root, strategy, model=Few(), callbacks=[Unfreeze(), Watch()], max_epochs=3), changed
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precision(fit, precision):
+    for result in fit(_precision, precision):
+        assert result["agree"]
+        assert all(p.isfinite().all() for p in result["parameters"].values())
+        assert result["metrics"]["train_loss"] < 2.3
+
+
+def _precision(root: str, precision: str) -> dict[str, Any]:
+    return train(root, precision=precision, max_epochs=4)
+
+
+class Silent(Classifier):
+    """Logs nothing: with these versions, torch.compile fails in `self.log`, whatever the strategy."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_compiled_module(fit):
+    compiled, plain = fit(_compiled, True)[0], fit(_compiled, False)[0]
+    assert compiled["agree"]
+    for name, parameter in plain["parameters"].items():
+        # Ten steps, in which tracing may change the order of a sum.
+        assert torch.allclose(compiled["parameters"][name], parameter, atol=1e-4)
+
+
+def _compiled(root: str, compiled: bool) -> dict[str, Any]:
+    # Traces forward and backward as the default backend does, but needs no compiler.
+    model = torch.compile(Silent(), backend="aot_eager") if compiled else Silent()
+    return train(root, model=model, max_epochs=1)
+
+
+def test_compiled_submodule_keeps_its_names(fit):
+    names = fit(_compiled_submodule)[0]
+    assert set(names) == {"net.0.weight", "net.2.weight", "net.4.weight"}
+
+
+def _compiled_submodule(root: str) -> list[str]:
+    model = Classifier()
+    model.net = torch.compile(model.net, backend="eager")
+    run = trainer(root=root, max_steps=2)
+    run.fit(model, loader())
+    assert replicas_agree(model)
+    return list(run.strategy.exchange.state.state_dict()["parameters"])
+
+
+def test_validate_test_and_predict(fit):
+    for before, after, predictions in fit(_evaluate):
+        assert before == after
+        assert predictions == 16
+
+
+def _evaluate(root: str) -> tuple[float, float, int]:
+    model, data = Classifier(), loader(32, shuffle=False)
+    run = trainer(root=root, max_epochs=1)
+    run.fit(model, loader(), data)
+    validated = run.validate(model, data, verbose=False)[0]["val_loss"]
+    tested = run.test(model, data, verbose=False)[0]["test_loss"]
+    return validated, tested, sum(len(batch) for batch in run.predict(model, data))
+
+
+def test_evaluation_without_a_fit(fit):
+    assert all(loss > 0 for loss in fit(_validate_only))
+
+
+def _validate_only(root: str) -> float:
+    return trainer(root=root).validate(Classifier(), loader(32), verbose=False)[0]["val_loss"]
+
+
+def test_sanity_checking(fit):
+    assert all(result["agree"] for result in fit(train, num_sanity_val_steps=2))
+
+
+def test_fast_dev_run(fit):
+    for result in fit(train, fast_dev_run=True):
+        assert result["agree"]
+        assert result["step"] == 1
+        assert result["metrics"]["powersgd/compression_ratio"] > 1
+
+
+def test_fit_twice(fit):
+    for agree, steps in fit(_fit_twice):
+        assert agree
+        assert steps == [10, 10]
+
+
+def _fit_twice(root: str) -> tuple[bool, list[int]]:
+    model, steps = Classifier(), []
+    run = trainer(root=root, max_epochs=1)
+    for epochs in (1, 2):
+        run.fit_loop.max_epochs = epochs
+        run.fit(model, loader())
+        # Like the optimizers, the exchange of a new fit is a new one.
+        steps.append(run.strategy.exchange.state.step)
+    assert sum(type(callback).__name__ == "CompressionMonitor" for callback in run.callbacks) == 1
+    return replicas_agree(model), steps
+
+
+def test_early_stopping(fit):
+    for result in fit(_early_stopping):
+        assert result["agree"]
+        assert 0 < result["global_step"] < 1000
+
+
+def _early_stopping(root: str) -> dict[str, Any]:
+    stop = EarlyStopping("val_loss", patience=1, min_delta=0.5, check_on_train_epoch_end=False)
+    return train(root, callbacks=[stop], max_epochs=100)
+
+
+def test_learning_rate_finder(fit):
+    for agree, rate, steps, saved in fit(_find_rate):
+        assert agree
+        assert rate > 0
+        # The search leaves no trace: the state is what it was before it.
+        assert steps == 10
+        assert saved > 0
+
+
+def _find_rate(root: str) -> tuple[bool, float, int, float]:
+    model = Classifier(lr=0.001)
+    finder = LearningRateFinder(num_training_steps=10, early_stop_threshold=None)
+    run = trainer(root=root, max_epochs=1, callbacks=[finder], enable_checkpointing=True)
+    run.fit(model, loader())
+    state = run.strategy.exchange.state
+    return replicas_agree(model), model.lr, state.step, float(run.callback_metrics["powersgd/bytes_saved"])
+
+
+# Metrics
+
+
+def read_csv(root: Path) -> list[dict[str, str]]:
+    with (root / "csv" / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_metrics_reach_callback_metrics_loggers_and_count_what_was_sent(fit, tmp_path):
+    logged, counted, dense = fit(_log_metrics)[0]
+    assert logged["powersgd/bytes_sent"] == counted[-1]
+    assert logged["powersgd/compression_ratio"] == pytest.approx(dense / counted[-1], rel=1e-12)
+    assert logged["powersgd/bytes_saved"] == sum(dense - sent for sent in counted)
+    assert 0 < logged["powersgd/residual_ratio"] < 1
+
+    rows = [row for row in read_csv(tmp_path) if row["powersgd/bytes_sent"]]
+    assert [float(row["powersgd/bytes_sent"]) for row in rows] == counted
+    saved = [float(row["powersgd/bytes_saved"]) for row in rows]
+    assert saved == [sum(dense - sent for sent in counted[: n + 1]) for n in range(len(counted))]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert {name for name in events.Tags()["scalars"] if name.startswith("powersgd/")} == {
+        "powersgd/compression_ratio",
+        "powersgd/bytes_sent",
+        "powersgd/bytes_saved",
+        "powersgd/residual_ratio",
+    }
+
+
+def _log_metrics(root: str) -> tuple[dict[str, float], list[int], int]:
+    counted: list[int] = []
+
+    class Count(Callback):
+        def on_before_backward(self, trainer, pl_module, loss) -> None:
+            self.manager = counted_all_reduce()
+            self.sent = self.manager.__enter__()
+
+        def on_after_backward(self, trainer, pl_module) -> None:
+            self.manager.__exit__(None, None, None)
+            counted.append(sum(self.sent))
+
+    loggers = [CSVLogger(root, "csv", version=""), TensorBoardLogger(root, "tb", version="")]
+    strategy = PowerSGDStrategy(alternate=True, start_step=3)
+    run = trainer(strategy, root=root, max_steps=8, log_every_n_steps=1, logger=loggers, callbacks=[Count()])
+    run.fit(Classifier(), loader())
+    dense = sum(p.numel() * p.element_size() for p in run.lightning_module.parameters())
+    metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+    return metrics, counted, dense
+
+
+def test_metrics_follow_the_trainers_cadence(fit, tmp_path):
+    fit(_log_seldom)
+    assert [row["step"] for row in read_csv(tmp_path) if row["powersgd/residual_ratio"]] == ["3", "7"]
+
+
+def _log_seldom(root: str) -> None:
+    train(root, log_every_n_steps=4, logger=CSVLogger(root, "csv", version=""), max_epochs=1)
+
+
+def test_metrics_can_be_turned_off(fit):
+    assert not any(name.startswith("powersgd") for name in fit(_log_nothing)[0]["metrics"])
+
+
+def _log_nothing(root: str) -> dict[str, Any]:
+    return train(root, PowerSGDStrategy(log_metrics=False), max_epochs=1)
+
+
+@pytest.mark.parametrize("prog_bar", [False, True])
+def test_the_ratio_is_in_the_progress_bar_if_asked_for(fit, prog_bar):
+    assert fit(_progress_bar, prog_bar) == [prog_bar] * 2
+
+
+def _progress_bar(root: str, prog_bar: bool) -> bool:
+    seen: list[bool] = []
+
+    class Bar(TQDMProgressBar):
+        def on_train_batch_end(self, trainer, pl_module, *args: Any) -> None:
+            super().on_train_batch_end(trainer, pl_module, *args)
+            seen.append("powersgd/compression_ratio" in self.get_metrics(trainer, pl_module))
+
+    strategy = PowerSGDStrategy(prog_bar=prog_bar)
+    train(root, strategy, max_epochs=1, callbacks=[Bar()], enable_progress_bar=True)
+    assert len(set(seen[1:])) == 1
+    return seen[-1]
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("config", [{"rank": 1}, {"rank": 2}, {"rank": 2, "alternate": True}], ids=str)
+def test_a_resumed_fit_equals_the_uninterrupted_one_bit_for_bit(request, tmp_path, world_size, config, optimizer):
+    ranks = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
+    for parameters, metrics, agree in ranks.run(_resume, str(tmp_path), config, optimizer):
+        assert agree
+        assert parameters, "the parameters differ"
+        assert metrics[0] == metrics[1]
+        assert "powersgd/bytes_saved" in metrics[0]
+
+
+def _resume(root: str, config: dict[str, Any], optimizer: str) -> tuple[bool, Any, bool]:
+    runs = []
+    for resume in (False, True):
+        model = Classifier(optimizer=optimizer, lr=0.01)
+        saver = ModelCheckpoint(root, "{epoch}", save_top_k=-1, every_n_epochs=1)
+        run = trainer(PowerSGDStrategy(**config), root=root, max_epochs=3, callbacks=[saver], enable_checkpointing=True)
+        path = f"{root}/epoch=0.ckpt" if resume else None
+        run.fit(model, loader(shuffle=False), loader(32, shuffle=False), ckpt_path=path)
+        runs.append((list(model.parameters()), {name: float(v) for name, v in run.callback_metrics.items()}))
+    equal = all(torch.equal(p, q) for p, q in zip(runs[0][0], runs[1][0], strict=True))
+    return equal, (runs[0][1], runs[1][1]), replicas_agree(model)
+
+
+def test_a_checkpoint_holds_plain_types_only_and_one_buffer_a_parameter(fit, tmp_path):
+    fit(_save)
+    checkpoint = torch.load(tmp_path / "full.ckpt", weights_only=True)
+    saved = checkpoint["powersgd"]
+    assert saved["format_version"] == 1
+    assert saved["step"] == 10
+    assert saved["settings"]["rank"] == 2
+    assert set(saved["parameters"]) == {"net.0.weight", "net.2.weight", "net.4.weight"}
+    for name, entry in saved["parameters"].items():
+        assert entry["error"].shape == checkpoint["state_dict"][name].shape
+        assert entry["factor"].shape == (2, entry["error"].shape[1])
+    assert "powersgd" not in torch.load(tmp_path / "weights.ckpt", weights_only=True)
+    # What the file costs: the error buffers once, and the factors, whatever the number of ranks.
+    extra = (tmp_path / "full.ckpt").stat().st_size - (tmp_path / "without.ckpt").stat().st_size
+    assert extra == pytest.approx(sum(e["error"].nbytes for e in saved["parameters"].values()), rel=0.2)
+
+
+def _save(root: str) -> None:
+    for name, keep in (("without", False), ("full", True)):
+        run = trainer(PowerSGDStrategy(checkpoint_error_feedback=keep), root=root, max_epochs=1)
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(f"{root}/{name}.ckpt")
+        run.save_checkpoint(f"{root}/weights.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(("first", "second"), [("ddp", "powersgd"), ("powersgd", "ddp"), ("weights", "powersgd")])
+def test_checkpoints_of_plain_ddp_and_ours_load_into_each_other(fit, first, second):
+    for agree, steps in fit(_cross_load, first, second):
+        assert agree
+        assert steps == 20
+
+
+def _cross_load(root: str, first: str, second: str) -> tuple[bool, int]:
+    run = trainer("powersgd" if first == "weights" else first, root=root, max_epochs=1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(f"{root}/first.ckpt")
+    model = Classifier()
+    run = trainer(second, root=root, max_epochs=2)
+    if first == "weights":
+        # Validation restores weights alone, and must not look for our state.
+        run.validate(model, loader(32), ckpt_path=f"{root}/first.ckpt", verbose=False)
+        return replicas_agree(model), 20
+    run.fit(model, loader(), ckpt_path=f"{root}/first.ckpt")
+    return replicas_agree(model), run.global_step
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(two_ranks, tmp_path):
+    for text in two_ranks.run_to_errors(_resume_other_shape, str(tmp_path)):
+        assert "'net.0.weight' of shape (48, 32)" in text
+        assert "(48, 31)" in text
+
+
+def _resume_other_shape(root: str) -> None:
+    run = trainer(root=root, max_epochs=1)
+    run.fit(Classifier(), loader())
+    state = run.strategy.exchange.state.state_dict()
+    other = Classifier()
+    other.net[0] = nn.Linear(31, 48)
+    PowerSGDState(other.named_parameters(), PowerSGDConfig()).load_state_dict(state)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, r"`rank=0` is below 1.*mapping"),
+        ({"rank": -3}, ValueError, "`rank=-3` is below 1"),
+        ({"rank": 1.5}, TypeError, "`rank=1.5` is not an integer"),
+        ({"rank": True}, TypeError, "`rank=True` is not an integer"),
+        ({"rank": {}}, ValueError, "no pattern"),
+        ({"rank": {"a": -1}}, ValueError, r"`rank\['a'\]=-1` is below 0"),
+        ({"rank": {3: 1}}, TypeError, "pattern 3"),
+        ({"start_step": -1}, ValueError, "`start_step=-1` is below 0"),
+        ({"min_compression_ratio": 0.5}, ValueError, "below 1"),
+        ({"min_compression_ratio": "2"}, TypeError, "not a number"),
+        ({"min_compression_ratio": float("nan")}, ValueError, "below 1"),
+        ({"alternate": "yes"}, TypeError, "not a bool"),
+        ({"error_dtype": torch.int8}, ValueError, "`error_dtype=torch.int8` is not a floating-point dtype"),
+        ({"comm_dtype": "complex64"}, ValueError, "`comm_dtype='complex64'` is not a floating-point dtype"),
+        ({"comm_dtype": "no_such"}, ValueError, "`comm_dtype='no_such'`"),
+        ({"seed": -1}, ValueError, "`seed=-1`"),
+        ({"bucket_cap_mb": 0}, ValueError, "`bucket_cap_mb=0`"),
+        ({"prog_bar": True, "log_metrics": False}, ValueError, "`log_metrics=True`"),
+        ({"rnak": 2}, TypeError, "no argument `rnak`. Did you mean `rank`?"),
+        ({"ddp_comm_hook": print}, ValueError, "`ddp_comm_hook` cannot be used.*is itself the communication hook"),
+        ({"ddp_comm_state": object()}, ValueError, "`ddp_comm_state` cannot be used"),
+        ({"ddp_comm_wrapper": print}, ValueError, "`ddp_comm_wrapper` cannot be used.*`comm_dtype`"),
+        ({"model_averaging_period": 4}, ValueError, "`model_averaging_period` cannot be used"),
+        ({"mixed_precision": object()}, ValueError, "`mixed_precision` cannot be used"),
+        ({"skip_all_reduce_unused_params": True}, ValueError, "`skip_all_reduce_unused_params` cannot be used"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_at_once(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        PowerSGDStrategy(**kwargs)
+
+
+def test_every_argument_of_ddp_is_accepted_and_arrives():
+    strategy = PowerSGDStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=1)
+    assert strategy._ddp_kwargs == {
+        "broadcast_buffers": False,
+        "gradient_as_bucket_view": True,
+        "bucket_cap_mb": 1,
+        "find_unused_parameters": False,
+        "static_graph": False,
+    }
+
+
+BAD_FITS = {
+    "a pattern without a match": "`rank` has the pattern 'decoder.*', which matches no parameter",
+    "a parameter without values": "'extra.weight' is on the meta device",
+    "ranks that disagree": "The ranks disagree on the argument `rank`: rank 0 has 1, rank 1 has 2",
+    "ranks with other shapes": "The ranks disagree on the parameter 'net.0.weight'",
+    "a sparse embedding": "`sparse=True`",
+}
+
+
+@pytest.mark.parametrize("case", BAD_FITS)
+def test_bad_models_are_refused_on_every_rank_before_training(two_ranks, tmp_path, case):
+    for text in two_ranks.run_to_errors(_bad_fit, str(tmp_path), case):
+        assert BAD_FITS[case] in text
+        assert "training_step" not in text
+
+
+def _bad_fit(root: str, case: str) -> None:
+    model, strategy = Classifier(), PowerSGDStrategy()
+    if case == "a pattern without a match":
+        strategy = PowerSGDStrategy(rank={"decoder.*": 4, "*": 2})
+    elif case == "a parameter without values":
+        model.extra = nn.Linear(8, 8, device="meta")
+    elif case == "ranks that disagree":
+        strategy = PowerSGDStrategy(rank=1 + dist.get_rank())
+    elif case == "ranks with other shapes":
+        model.net[0] = nn.Linear(32 + dist.get_rank(), 48)
+    elif case == "a sparse embedding":
+        model.extra = nn.Embedding(8, 8, sparse=True)
+    trainer(strategy, root=root, max_steps=1).fit(model, loader())
+
+
+def test_a_model_that_cannot_be_compressed_warns(fit):
+    assert any("compresses none of the 6 trainable parameters" in message for message in fit(_warnings)[0])
+
+
+def _warnings(root: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(root, PowerSGDStrategy(min_compression_ratio=1000.0), max_steps=1)
+    return [str(warning.message) for warning in caught]
