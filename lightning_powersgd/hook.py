@@ -1,20 +1,21 @@
 """The exchange of gradients between ranks: the only room that sees `GradBucket`, `Future` and collectives.
 
-Collectives are issued from the thread that calls the hook, in the order of the plan's groups, which is the same on every
-rank. (PyTorch's own hook issues them from futures' callbacks, whose order differs between ranks, and so deadlocks or
-aborts with more than one bucket on gloo.)
+Collectives are issued from the thread that calls the hook, in the order of the plan's groups, which is the same on
+every rank. (PyTorch's own hook issues them from futures' callbacks, whose order differs between ranks, and so
+deadlocks or aborts with more than one bucket on gloo.)
 
 For groups 0, 1, 2, … a step runs
 
     start 0 │ start 1, continue 0 │ start 2, continue 1 │ … │ continue last │ residuals │ finish 0, 1, 2, …
 
-where *start* projects the group's gradients and sends P with everything that is sent whole, *continue* orthonormalises P
-and sends Q, *residuals* updates the error buffers while the last Q is on the wire, and *finish* writes the averaged
+where *start* projects the group's gradients and sends P with everything that is sent whole, *continue* orthonormalises
+P and sends Q, *residuals* updates the error buffers while the last Q is on the wire, and *finish* writes the averaged
 gradients into DDP's buckets. When alternating, *start* sends the one factor and *continue* has nothing to do.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,13 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_powersgd.linalg import as_matrix, orthonormal, project_rows, reconstruct, residual
-from lightning_powersgd.plan import Group, PowerSGDConfig, Slot
-from lightning_powersgd.state import PowerSGDState, Side, other_side
+from lightning_powersgd.plan import Group, PowerSGDConfig, Side, Slot
+from lightning_powersgd.state import PowerSGDState, other_side
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket, Work
+else:
+    GradBucket, Work = dist.GradBucket, dist.Work
 
 
 def attach_powersgd(ddp: DistributedDataParallel, config: PowerSGDConfig) -> "GradientExchange":
@@ -44,7 +50,7 @@ def attach_powersgd(ddp: DistributedDataParallel, config: PowerSGDConfig) -> "Gr
     for name, module in ddp.module.named_modules():
         if getattr(module, "sparse", False) and isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
             raise ValueError(
-                f"The embedding {name!r} has `sparse=True`. PowerSGD compresses dense gradients only: use `sparse=False`."
+                f"The embedding {name!r} has `sparse=True`, and PowerSGD needs dense gradients. Use `sparse=False`."
             )
     named = [item for item in ddp.module.named_parameters() if item[0] not in ddp.parameters_to_ignore]
     exchange = GradientExchange(
@@ -53,17 +59,17 @@ def attach_powersgd(ddp: DistributedDataParallel, config: PowerSGDConfig) -> "Gr
         track_unused=ddp.find_unused_parameters and not ddp.static_graph,
     )
     ddp.register_comm_hook(exchange, powersgd_hook)
-    held = ddp._get_ddp_logging_data().get("comm_hook")
+    held = ddp._get_ddp_logging_data().get("comm_hook")  # type: ignore[no-untyped-call]
     if held != powersgd_hook.__qualname__:
         raise RuntimeError(
-            f"DistributedDataParallel holds the communication hook {held!r} instead of PowerSGD's; gradients would not be"
-            " compressed. Remove the other hook."
+            f"DistributedDataParallel holds the communication hook {held!r} instead of PowerSGD's; gradients would"
+            " not be compressed. Remove the other hook."
         )
     return exchange
 
 
 # DDP checks the types of a hook's arguments and result, which is why this file does not postpone annotations.
-def powersgd_hook(exchange: "GradientExchange", bucket: dist.GradBucket) -> Future[Tensor]:
+def powersgd_hook(exchange: "GradientExchange", bucket: GradBucket) -> Future[Tensor]:
     """The communication hook in DDP's form: the exchange is the state that DDP hands back on every call."""
     return exchange.reduce_bucket(bucket)
 
@@ -90,33 +96,28 @@ class GradientExchange:
         self._futures: list[tuple[Future[Tensor], Tensor]] = []
         self._started = 0
 
-    def reduce_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Take one bucket of DDP's; the future will hold it with averaged gradients, in place.
 
         Raises:
             RuntimeError: if the bucket holds a parameter that the state does not know.
         """
-        state, buffer = self.state, bucket.buffer()
         if bucket.index() == 0:
             self._begin_step()
         if self.world_size == 1:
             future = self._new_future()
-            future.set_result(buffer)
-            state.step += bucket.is_last()
-            return future
-        state.dense_bytes += buffer.nbytes
-        if state.compressing:
-            return self._collect(bucket)
-        # As DDP does without a hook: divide, then sum, in place.
-        future = self.all_reduce(buffer.div_(self.world_size)).get_future().then(lambda done: done.value()[0])
+            future.set_result(bucket.buffer())
+        else:
+            self.state.dense_bytes += bucket.buffer().nbytes
+            future = self._compress(bucket) if self.state.compressing else self._average(bucket)
         if bucket.is_last():
-            state.finish_step()
+            self.state.finish_step()
         return future
 
-    def all_reduce(self, payload: Tensor) -> dist.Work:
+    def all_reduce(self, payload: Tensor) -> Work:
         """Sum a payload over the ranks, in place and asynchronously, and count its bytes."""
         self.state.sent_bytes += payload.nbytes
-        work = dist.all_reduce(payload, group=self.process_group, async_op=True)
+        work: Work | None = dist.all_reduce(payload, group=self.process_group, async_op=True)
         assert work is not None, "this rank is not a member of the process group"
         return work
 
@@ -133,9 +134,11 @@ class GradientExchange:
         if self.world_size == 1:
             return
         for error in self.state.errors.values():
-            # In float32 at least, or a bfloat16 sum of many ranks would round at every one of them. On the device of the
-            # collectives, from which the state has moved when a fit has ended.
-            mean = error.to(self._device, torch.promote_types(error.dtype, torch.float32)) / self.world_size
+            # In float32 at least, or a bfloat16 sum of many ranks would round at every one of them. On the device of
+            # the collectives, from which the state has moved when a fit has ended.
+            mean = (
+                error.to(self._device, torch.promote_types(error.dtype, torch.float32)).contiguous() / self.world_size
+            )
             dist.all_reduce(mean, group=self.process_group)
             error.copy_(mean)
 
@@ -144,8 +147,8 @@ class GradientExchange:
         self._forget_buckets()
 
     def _forget_buckets(self) -> None:
-        # At the end of a step, or DDP's old buckets would stay in memory when it rebuilds them; and at the beginning, since
-        # an exception may have broken off the last backward pass.
+        # At the end of a step, or DDP's old buckets would stay in memory when it rebuilds them; and at the beginning,
+        # since an exception may have broken off the last backward pass.
         self._started = 0
         self._futures = []
         for group in self._groups:
@@ -155,16 +158,21 @@ class GradientExchange:
         device = self.state.device
         return Future(devices=[device] if device.type == "cuda" else None)
 
-    def _collect(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def _average(self, bucket: GradBucket) -> Future[Tensor]:
+        """Average a bucket as DDP does without a hook, to the last bit: divide, then sum, in place."""
+        future = self.all_reduce(bucket.buffer().div_(self.world_size)).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    def _compress(self, bucket: GradBucket) -> Future[Tensor]:
         """Hand the bucket's gradients to their groups, and start the groups that are complete."""
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             if parameter not in self._place:
                 raise RuntimeError(
-                    "DDP reduces a parameter that PowerSGD does not know. Parameters that are added or unfrozen need a new"
-                    " DistributedDataParallel with PowerSGD attached to it."
+                    "DDP reduces a parameter that PowerSGD does not know. Parameters that are added or unfrozen need a"
+                    " new DistributedDataParallel with PowerSGD attached to it."
                 )
             group, slot = self._place[parameter]
-            # DDP lays gradients out in memory as their parameters are (`channels_last`, say), but shows them contiguous.
+            # DDP lays a gradient out in memory as its parameter is (`channels_last`, say), but shows it contiguous.
             layout = parameter if slot.rank else gradient
             group.gradients[slot.name] = gradient.as_strided(layout.shape, layout.stride())
         while self._started < len(self._groups) and self._groups[self._started].complete:
@@ -175,15 +183,15 @@ class GradientExchange:
         future = self._new_future()
         self._futures.append((future, bucket.buffer()))
         if bucket.is_last():
-            self._finish_step()
+            self._drain()
         return future
 
-    def _finish_step(self) -> None:
+    def _drain(self) -> None:
         """Write the averaged gradients; keep errors and factors as they were if any rank's gradient was not finite."""
         assert self._started == len(self._groups), "DDP's buckets left out a trainable parameter"
         self._groups[-1].proceed()
         # Every rank holds the same averages, so all of them judge alike.
-        finite = all(bool(group.finite) for group in self._groups)
+        finite = bool(torch.stack([group.finite for group in self._groups]).all())
         if finite:
             for group in self._groups:
                 group.update_errors()
@@ -192,16 +200,17 @@ class GradientExchange:
         for future, buffer in self._futures:
             future.set_result(buffer)
         self._forget_buckets()
-        self.state.finish_step(turn=finite)
+        if finite:
+            self.state.turn()
 
 
 class _GroupExchange:
     """One group's part in a step.
 
-    A step starts from the factor that is held, say Q. A full step first turns it into an orthonormal basis P̂ of the other
-    side, which takes the first collective; a half step (alternating) orthonormalises the held factor as it is. Then M is
-    projected onto the basis, and that projection is what the ranks average, keep as the next warm start, and reconstruct
-    the gradient from.
+    A step starts from the factor that is held, say Q. A full step first turns it into an orthonormal basis P̂ of the
+    other side, which takes the first collective; a half step (alternating) orthonormalises the held factor as it is.
+    Then M is projected onto the basis, and that projection is what the ranks average, keep as the next warm start, and
+    reconstruct the gradient from.
     """
 
     def __init__(self, exchange: GradientExchange, group: Group, track_unused: bool) -> None:
@@ -213,9 +222,9 @@ class _GroupExchange:
         device = exchange.state.device
         flags = len(group.compressed) if track_unused else 0
         self._first = _Payload(group, ("left", "right") if self._alternate else ("left",), device, flags)
-        # What is sent whole, and the flags, travel in the first payload of a full step. A half step has only one payload.
+        # What is sent whole, and the flags, travel in the first payload of a full step; a half step has but one.
         self._last = self._first if self._alternate else _Payload(replace(group, whole=()), ("right",), device)
-        self._work: dist.Work | None = None
+        self._work: Work | None = None
         self._sent: Side = "right"
         self._bases: list[Tensor] = []
         self.gradients: dict[str, Tensor] = {}
@@ -349,16 +358,13 @@ class _Payload:
         start = sum(whole) + flags
         flat = torch.zeros(start + max(map(sum, lengths.values())), dtype=group.dtype, device=device)
         self.wire = {side: flat[: start + sum(lengths[side])] for side in sides}
-        whole_parts = flat[: sum(whole)].split(whole)
-        self.whole = [part.view(slot.shape) for part, slot in zip(whole_parts, group.whole, strict=True)]
+        parts = torch.split(flat[: sum(whole)], whole)
+        self.whole = [part.view(slot.shape) for part, slot in zip(parts, group.whole, strict=True)]
         self.flags = list(flat[sum(whole) : start])
-        self.factors = {
-            side: [
-                part.view(slot.rank, -1)
-                for part, slot in zip(self.wire[side][start:].split(lengths[side]), group.compressed, strict=True)
-            ]
-            for side in sides
-        }
+        self.factors: dict[Side, list[Tensor]] = {}
+        for side in sides:
+            parts = torch.split(self.wire[side][start:], lengths[side])
+            self.factors[side] = [part.view(s.rank, -1) for part, s in zip(parts, group.compressed, strict=True)]
 
 
 def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGroup | None = None) -> None:

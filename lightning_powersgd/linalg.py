@@ -6,8 +6,9 @@ Axis letters, here and in the other rooms below the Lightning line:
     m   its columns: the product of the other dimensions
     r   rank: columns kept of each factor
 
-A factor is stored **rank first**: the ``P`` of the paper, an (n, r) matrix, is a tensor of shape (r, n) here, and its ``Q`` is
-(r, m). Stored (n, r), the product ``M.T @ P`` runs ten to twenty times slower on a CPU, since it strides through the factor.
+A factor is stored **rank first**: the ``P`` of the paper, an (n, r) matrix, is a tensor of shape (r, n) here, and its
+``Q`` is (r, m). Stored (n, r), the product ``M.T @ P`` runs ten to twenty times slower on a CPU, since it strides
+through the factor.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def permute_columns(factor: Tensor, shape: tuple[int, ...], order: tuple[int, ..
 def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Orthonormalise a factor: the rows of the result are orthonormal and span the rows of the input.
 
-    Householder reflections keep ``‖P̂ P̂ᵀ − I‖`` at rounding level whatever the condition of the input, and complete the
-    basis where the input is zero or rank-deficient. Half precision is computed in float32.
+    Householder reflections keep ``‖P̂ P̂ᵀ − I‖`` at rounding level whatever the condition of the input, and complete
+    the basis where the input is zero or rank-deficient. Half precision is computed in float32.
 
     Args:
         factor: (r, k) with r ≤ k.
@@ -122,9 +123,9 @@ def project_rows(matrix: Tensor, basis: Tensor, out: Tensor) -> None:
         out: (r, l), of any floating dtype.
     """
     if basis.shape[0] == 1 and matrix.is_cpu:
-        # A single row is a matrix-vector product, and BLAS rounds that differently at other memory alignments. DDP moves
-        # gradients when it rebuilds its buckets, so a resumed run would drift from an uninterrupted one by the last bit.
-        # Matrix-matrix products copy their operands into aligned panels first.
+        # A single row is a matrix-vector product, and BLAS rounds that differently at other memory alignments. DDP
+        # moves gradients when it rebuilds its buckets, so a resumed run would drift from an uninterrupted one by the
+        # last bit. Matrix-matrix products copy their operands into aligned panels first.
         out.copy_(torch.mm(torch.cat((basis, torch.zeros_like(basis))), matrix)[:1])
     elif out.dtype == matrix.dtype:
         torch.mm(basis, matrix, out=out)

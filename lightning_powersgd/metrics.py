@@ -114,8 +114,8 @@ class CompressionMonitor(Callback):
     """Logs the metrics at the trainer's cadence. `PowerSGDStrategy` adds it, unless told ``log_metrics=False``.
 
     Logged are, as ``powersgd/…``, the ``compression_ratio`` and ``bytes_sent`` of the last step, ``bytes_saved`` since
-    the fit began, and the ``residual_ratio`` of the last step of this rank (with error feedback only: without it there is
-    no residual to measure). One batch an epoch, the first, is logged whatever the cadence, and so is the last.
+    the fit began, and the ``residual_ratio`` of the last step of this rank (with error feedback only: without it there
+    is no residual to measure). One batch an epoch, the first, is logged whatever the cadence, and so is the last.
 
     Args:
         prog_bar: show the compression ratio in the progress bar.

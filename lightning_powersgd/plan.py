@@ -1,8 +1,8 @@
-"""What was asked for, and what it comes to for one model: which parameter is compressed at which rank, and what travels together.
+"""What was asked for, and what it comes to for a model: who is compressed, at which rank, and what travels together.
 
-A plan depends on the configuration and on the parameters' names, shapes, dtypes and order alone. It never depends on DDP's
-buckets, which DDP rearranges after the first step and again after a resume, nor on the number of ranks. So the bytes on
-the wire, their order and therefore every rounding are the same in a run that resumes as in one that went on.
+A plan depends on the configuration and on the parameters' names, shapes, dtypes and order alone. It never depends on
+DDP's buckets, which DDP rearranges after the first step and again after a resume, nor on the number of ranks. So the
+bytes on the wire, their order and therefore every rounding are the same in a run that resumes as in one that went on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lightning_powersgd.linalg import matrix_order
 
-# Compressed gradients are a hundredth of their size, so a group may be as large as a default DDP bucket: smaller ones send
-# more, tinier messages, larger ones start later and overlap less with the backward pass.
+# Compressed gradients are a hundredth of their size, so a group may be as large as a default DDP bucket: smaller ones
+# send more, tinier messages, larger ones start later and overlap less with the backward pass.
 DEFAULT_GROUP_BYTES = 25 * 2**20
 
 Side = Literal["left", "right"]
@@ -59,8 +59,8 @@ class PowerSGDConfig:
     alternate: bool = False
     error_feedback: bool = True
     warm_start: bool = True
-    error_dtype: torch.dtype | str | None = None
-    comm_dtype: torch.dtype | str | None = None
+    error_dtype: torch.dtype | None = None
+    comm_dtype: torch.dtype | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,14 +82,14 @@ class PowerSGDConfig:
             raise TypeError(f"`min_compression_ratio={ratio!r}` is not a number. Use a ratio such as 2.0.")
         if not ratio >= 1:
             raise ValueError(
-                f"`min_compression_ratio={ratio!r}` is below 1. A matrix that grows when it is compressed is always sent"
-                " whole; use 1.0 to compress everything that shrinks."
+                f"`min_compression_ratio={ratio!r}` is below 1. A matrix that grows when it is compressed is always"
+                " sent whole; use 1.0 to compress everything that shrinks."
             )
         for name in ("alternate", "error_feedback", "warm_start"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}={getattr(self, name)!r}` is not a bool. Use True or False.")
         for name in ("error_dtype", "comm_dtype"):
-            object.__setattr__(self, name, _floating_dtype(name, getattr(self, name)))
+            object.__setattr__(self, name, floating_dtype(name, getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as strings, numbers, bools and dicts of them: loadable with ``weights_only=True``."""
@@ -157,7 +157,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups in the order in which their collectives are issued: the last registered parameters, whose gradients come first, lead."""
+    """Groups in the order of their collectives; the last registered parameters, whose gradients come first, lead."""
 
     groups: tuple[Group, ...]
 
@@ -189,8 +189,8 @@ class Plan:
         if not compressed:
             return f"PowerSGD compresses none of the {total} trainable parameters"
         return (
-            f"PowerSGD compresses {compressed} of {total} trainable parameters: {dense / 1e6:,.2f} MB of gradients a step"
-            f" become {sent / 1e6:,.3f} MB ({dense / sent:,.1f}×)"
+            f"PowerSGD compresses {compressed} of {total} trainable parameters: {dense / 1e6:,.2f} MB of gradients a"
+            f" step become {sent / 1e6:,.3f} MB ({dense / sent:,.1f}×)"
         )
 
 
@@ -240,6 +240,24 @@ def parameter_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def floating_dtype(name: str, value: object) -> torch.dtype | None:
+    """Check a dtype, or find it by its name, with or without ``torch.``.
+
+    Raises:
+        ValueError: naming the argument, if gradients cannot have that dtype.
+    """
+    if value is None:
+        return None
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"`{name}={value!r}` is not a floating-point dtype that gradients can have."
+            " Use torch.float16, torch.bfloat16, torch.float32 or torch.float64 (or its name), or None for the"
+            " gradient's."
+        )
+    return dtype
+
+
 def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig) -> Slot:
     shape, dtype = tuple(parameter.shape), parameter.dtype
     order = matrix_order(parameter) if dtype.is_floating_point else None
@@ -258,7 +276,6 @@ def _factor_bytes(slot: Slot, wire_dtype: torch.dtype) -> int:
 
 
 def _wire_dtype(dtype: torch.dtype, config: PowerSGDConfig) -> torch.dtype:
-    assert not isinstance(config.comm_dtype, str)
     return config.comm_dtype or dtype
 
 
@@ -283,15 +300,3 @@ def _require_int(name: str, value: object, *, minimum: int, remedy: str) -> None
         raise TypeError(f"`{name}={value!r}` is not an integer. {remedy}")
     if value < minimum:
         raise ValueError(f"`{name}={value}` is below {minimum}. {remedy}")
-
-
-def _floating_dtype(name: str, value: object) -> torch.dtype | None:
-    if value is None:
-        return None
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(
-            f"`{name}={value!r}` is not a floating-point dtype that gradients can have."
-            " Use torch.float16, torch.bfloat16, torch.float32 or torch.float64 (or its name), or None for the gradient's."
-        )
-    return dtype

@@ -108,16 +108,15 @@ class PowerSGDState:
         error = self.errors.get(slot.name)
         return slot.dtype if error is None else torch.promote_types(slot.dtype, error.dtype)
 
-    def finish_step(self, *, turn: bool = False) -> None:
-        """Count a synchronised backward pass.
-
-        Args:
-            turn: whether new factors were kept. When alternating, the next step starts from their side.
-        """
+    def finish_step(self) -> None:
+        """Count a synchronised backward pass."""
         self.step += 1
         self.total_dense_bytes += self.dense_bytes
         self.total_sent_bytes += self.sent_bytes
-        if turn and self.config.alternate:
+
+    def turn(self) -> None:
+        """When alternating, let the next step start from the factors that this one kept."""
+        if self.config.alternate:
             self.held = other_side(self.held)
 
     def state_dict(self, *, error_feedback: bool = True) -> dict[str, Any]:
@@ -149,7 +148,8 @@ class PowerSGDState:
             state: from `state_dict`.
 
         Returns:
-            What was saved and could not be taken over, or is needed and was not saved: one line each, empty if all fits.
+            What was saved and could not be taken over, or is needed and was not saved: one line each, empty if all
+            fits.
 
         Raises:
             ValueError: if the format is unknown, or a parameter's shape differs from the saved one.
@@ -255,8 +255,8 @@ def require_values(named_parameters: Iterable[tuple[str, Tensor]]) -> None:
     for name, parameter in named_parameters:
         if parameter.is_meta:
             raise ValueError(
-                f"The parameter {name!r} is on the meta device and has no values. Materialise the model before training,"
-                " for instance in `configure_model`."
+                f"The parameter {name!r} is on the meta device and has no values. Materialise the model before"
+                " training, for instance in `configure_model`."
             )
 
 

@@ -12,20 +12,20 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import _augment_message
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_powersgd.hook import GradientExchange, attach_powersgd, require_agreement
 from lightning_powersgd.metrics import CompressionMonitor
-from lightning_powersgd.plan import PowerSGDConfig
+from lightning_powersgd.plan import PowerSGDConfig, floating_dtype
 from lightning_powersgd.state import require_values
 from lightning_powersgd.version import __version__
 
@@ -38,7 +38,7 @@ _CONFLICTS = {
     "ddp_comm_hook": "PowerSGD is itself the communication hook, and DDP takes only one",
     "ddp_comm_state": "it belongs to another communication hook, and PowerSGD keeps its own state",
     "ddp_comm_wrapper": "it would change the gradients' dtype around the hook; use `comm_dtype` instead",
-    "model_averaging_period": "it averages parameters now and then, which PowerSGD's replicas, always equal, do not need",
+    "model_averaging_period": "it averages replicas that drift apart, and PowerSGD's are equal after every step",
     "mixed_precision": "it needs DDP's only communication hook; use `Trainer(precision=...)` instead",
     "skip_all_reduce_unused_params": "PowerSGD needs every bucket in every step; use `find_unused_parameters` alone",
 }
@@ -53,8 +53,9 @@ class PowerSGDStrategy(DDPStrategy):
 
     Args:
         rank: columns kept of each factor. Higher: better approximation, but more bytes and more arithmetic, both in
-            proportion. A mapping gives parameter-name patterns (``fnmatch``) a rank of their own: the first match wins, 0
-            sends a parameter whole, ``"*"`` stands for the rest; a parameter that no pattern matches is sent whole.
+            proportion. A mapping gives parameter-name patterns (``fnmatch``) a rank of their own: the first match
+            wins, 0 sends a parameter whole, ``"*"`` stands for the rest; a parameter that no pattern matches is sent
+            whole.
         start_step: synchronised backward passes that are averaged exactly before compression starts. Raise it if the
             loss jumps at the beginning of training.
         min_compression_ratio: a matrix whose dense / sent ratio is below this is sent whole. Higher: fewer matrices are
@@ -70,8 +71,8 @@ class PowerSGDStrategy(DDPStrategy):
         log_metrics: log ``powersgd/compression_ratio``, ``bytes_sent``, ``bytes_saved`` and ``residual_ratio`` at the
             trainer's cadence, without any callback being added by hand.
         prog_bar: show the compression ratio in the progress bar. Needs ``log_metrics``.
-        checkpoint_error_feedback: put the error buffers into checkpoints: one buffer a compressed parameter at any number
-            of ranks. Without them a resumed run loses what had not been sent yet.
+        checkpoint_error_feedback: put the error buffers into checkpoints: one buffer a compressed parameter at any
+            number of ranks. Without them a resumed run loses what had not been sent yet.
         accelerator: as in ``DDPStrategy``; set by the trainer.
         parallel_devices: as in ``DDPStrategy``; set by the trainer.
         cluster_environment: as in ``DDPStrategy``; set by the trainer.
@@ -144,8 +145,8 @@ class PowerSGDStrategy(DDPStrategy):
             alternate=alternate,
             error_feedback=error_feedback,
             warm_start=warm_start,
-            error_dtype=error_dtype,
-            comm_dtype=comm_dtype,
+            error_dtype=floating_dtype("error_dtype", error_dtype),
+            comm_dtype=floating_dtype("comm_dtype", comm_dtype),
             seed=seed,
         )
         if prog_bar and not log_metrics:
@@ -178,13 +179,17 @@ class PowerSGDStrategy(DDPStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``powersgd`` and its variants in a registry. A second call registers them again, and does no harm."""
-        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+        """Register ``powersgd`` and its variants. A second call registers them again, and does no harm."""
+        names = {"powersgd": "popen", "powersgd_spawn": "spawn", "powersgd_fork": "fork", "powersgd_notebook": "fork"}
+        # The trainer lowers the case of a name. Without this one, `--trainer.strategy PowerSGDStrategy` would fail
+        # unless one of the strategy's own arguments follows, since jsonargparse takes it for a name then.
+        names[cls.__name__.lower()] = "popen"
+        for name, start_method in names.items():
             for ending, find_unused in (("", False), ("_find_unused_parameters_true", True)):
                 strategy_registry.register(
-                    f"powersgd{suffix}{ending}",
+                    name + ending,
                     cls,
-                    description=f"PowerSGD with `start_method` '{start_method}', `find_unused_parameters` {find_unused}",
+                    description=f"PowerSGD with start method '{start_method}', find_unused_parameters={find_unused}",
                     override=True,
                     start_method=start_method,
                     find_unused_parameters=find_unused,
@@ -261,8 +266,8 @@ class PowerSGDStrategy(DDPStrategy):
             exception,
             pattern=".*Expected to have finished reduction in the prior iteration.*",
             new_message=(
-                "The loss that `training_step` returned does not depend on all of the parameters. If that is intended, let"
-                " DDP look for unused ones: `strategy='powersgd_find_unused_parameters_true'` or"
+                "The loss that `training_step` returned does not depend on all of the parameters. If that is intended,"
+                " let DDP look for unused ones: `strategy='powersgd_find_unused_parameters_true'` or"
                 " `PowerSGDStrategy(find_unused_parameters=True)`."
             ),
         )

@@ -1,5 +1,5 @@
-"""Tiers, cheapest first: pure functions in this process; two and four gloo ranks; whole Trainer runs on those ranks; and
-last, programs started as a user starts them. A test that needs a GPU says so where it is skipped.
+"""Tiers, cheapest first: pure functions in this process; two and four gloo ranks; whole Trainer runs on those ranks;
+and last, programs started as a user starts them. A test that needs a GPU says so where it is skipped.
 """
 
 from __future__ import annotations

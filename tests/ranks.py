@@ -1,6 +1,7 @@
 """Real gloo ranks for tests: processes that start once and then run one function after another.
 
-Starting a process costs seconds, most of them for importing torch; running a function in one that is there costs nothing.
+Starting a process costs seconds, most of them for importing torch; running a function in one that is there costs
+nothing.
 """
 
 from __future__ import annotations

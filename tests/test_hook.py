@@ -51,7 +51,7 @@ def train(
     ddp: dict[str, Any] | None = None,
     **config: Any,
 ) -> dict[str, Any]:
-    """Train a small net; give the state before every step, and its gradients on this rank before and after the exchange."""
+    """Train a small net; give the state before every step, and this rank's gradients before and after the exchange."""
     model, exchange = attach(make_net(dtype), bucket_cap_mb, ddp, **config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     before, local, averaged, sent = [], [], [], []
@@ -116,10 +116,11 @@ def ranks_of(request: pytest.FixtureRequest, world_size: int) -> Ranks:
     return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
 
 
-# The trajectory amplifies rounding: wherever two singular values lie close, the last bit decides which direction is sent
-# first, and the error feedback remembers it. Over 50 steps of these noisy gradients a difference of 1e-7 grows to 1e-1, as
-# it does between two orders of summation. So the fast path is compared twice: in float64, where the whole run is followed
-# from start to end, and in float32, where every one of the 50 steps is computed from the same state by both.
+# The trajectory amplifies rounding: wherever two singular values lie close, the last bit decides which direction is
+# sent first, and the error feedback remembers it. Over 50 steps of these noisy gradients a difference of 1e-7 grows to
+# 1e-1, as it does between two orders of summation. So the fast path is compared twice: in float64, where the whole run
+# is followed from start to end, and in float32, where every one of the 50 steps is computed from the same state by
+# both.
 
 
 @pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
@@ -252,7 +253,8 @@ RESUME_CONFIGS = [
 
 @pytest.mark.parametrize("config", RESUME_CONFIGS, ids=str)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(four_ranks, config):
-    # At four ranks, where the order of summation matters, and with an odd bias that misaligns what follows it in a bucket.
+    # At four ranks, where the order of summation matters, and with an odd bias that misaligns what follows it in a
+    # bucket.
     assert all(four_ranks.run(_resumes_bitwise, config))
 
 

@@ -37,7 +37,19 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (torch.zeros(1, 4).expand(3, 4), None),
         (torch.zeros(3, 4, 2).permute(1, 0, 2), None),
     ],
-    ids=["scalar", "vector", "empty", "2-D", "transposed", "4-D", "5-D", "channels last", "gaps", "expanded", "interleaved"],
+    ids=[
+        "scalar",
+        "vector",
+        "empty",
+        "2-D",
+        "transposed",
+        "4-D",
+        "5-D",
+        "channels last",
+        "gaps",
+        "expanded",
+        "interleaved",
+    ],
 )
 def test_which_tensors_have_a_matrix_view(tensor, order):
     assert matrix_order(tensor) == order

@@ -101,5 +101,7 @@ def test_everything_public_is_documented():
 
 
 def test_a_strategy_object_works_for_one_process(tmp_path):
-    trainer = Trainer(strategy=PowerSGDStrategy(), accelerator="cpu", devices=1, default_root_dir=tmp_path, logger=False)
+    trainer = Trainer(
+        strategy=PowerSGDStrategy(), accelerator="cpu", devices=1, default_root_dir=tmp_path, logger=False
+    )
     assert trainer.strategy.world_size == 1

@@ -144,7 +144,7 @@ def test_another_shape_is_an_error_that_names_the_parameter():
 
 def test_another_format_is_an_error_that_names_the_remedy():
     saved = filled().state_dict() | {"format_version": 99}
-    with pytest.raises(ValueError, match="format version 99.*delete its 'powersgd' entry"):
+    with pytest.raises(ValueError, match=r"format version 99.*delete its 'powersgd' entry"):
         make_state().load_state_dict(saved)
 
 

@@ -1,0 +1,46 @@
+"""A user's training script: python fit.py STRATEGY DIRECTORY. Every rank leaves its parameters in the directory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from models import Classifier, loader
+
+import lightning_powersgd  # noqa: F401
+
+
+class LeaveParameters(Callback):
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        state = trainer.strategy.exchange.state
+        left = {
+            "parameters": pl_module.state_dict(),
+            "step": state.step,
+            "ratio": state.dense_bytes / state.sent_bytes,
+            "world_size": trainer.world_size,
+        }
+        torch.save(left, Path(self.directory) / f"rank{trainer.global_rank}.pt")
+
+
+def main(strategy: str, directory: str) -> None:
+    torch.set_num_threads(1)
+    Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=2,
+        max_steps=6,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=directory,
+        callbacks=[LeaveParameters(directory)],
+    ).fit(Classifier(), loader())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

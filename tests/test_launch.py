@@ -1,0 +1,143 @@
+"""Tier four: programs started as a user starts them, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from models import Classifier
+
+from lightning_powersgd import PowerSGDStrategy
+
+# LightningCLI itself uses what jsonargparse has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+PROGRAM = Path(__file__).parent / "programs" / "fit.py"
+
+
+def run(command: list[str], root: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    # Not the surroundings of this test run, which may itself have been started by a launcher.
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def check(root: Path) -> None:
+    left = [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [rank["world_size"] for rank in left] == [2, 2]
+    assert [rank["step"] for rank in left] == [6, 6]
+    assert left[0]["ratio"] == left[1]["ratio"] > 5
+    for name, parameter in left[0]["parameters"].items():
+        assert torch.equal(parameter, left[1]["parameters"][name])
+
+
+@pytest.mark.parametrize("strategy", ["powersgd", "powersgd_spawn", "powersgd_fork", "powersgd_notebook"])
+def test_start_methods(tmp_path, strategy):
+    run([sys.executable, str(PROGRAM), strategy, str(tmp_path)], tmp_path)
+    check(tmp_path)
+
+
+def test_torchrun(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run([*launch, str(PROGRAM), "powersgd", str(tmp_path)], tmp_path)
+    check(tmp_path)
+
+
+@pytest.fixture
+def strategy_of(monkeypatch):
+    """Give the strategy that a LightningCLI makes of a command line."""
+
+    def make(args: list[str]) -> PowerSGDStrategy:
+        common = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *common, *args])
+        cli = LightningCLI(Classifier, run=False, save_config_callback=None, seed_everything_default=0)
+        assert isinstance(cli.trainer.strategy, PowerSGDStrategy)
+        return cli.trainer.strategy
+
+    return make
+
+
+def write_yaml(root: Path, strategy: Any) -> list[str]:
+    (root / "config.yaml").write_text(yaml.safe_dump({"trainer": {"strategy": strategy}}))
+    return ["--config", str(root / "config.yaml")]
+
+
+def test_name_flag_and_yaml_give_the_same_strategy(strategy_of, tmp_path):
+    forms = [
+        ["--trainer.strategy", "powersgd"],
+        ["--trainer.strategy", "PowerSGDStrategy"],
+        ["--trainer.strategy", "PowerSGDStrategy", "--trainer.strategy.rank", "2"],
+        ["--trainer.strategy", "lightning_powersgd.PowerSGDStrategy", "--trainer.strategy.rank", "2"],
+        write_yaml(tmp_path, "powersgd"),
+    ]
+    for form in forms:
+        assert strategy_of(form).config == PowerSGDStrategy().config, form
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rank": 4},
+        {"rank": {"net.0.*": 0, "*": 1}, "start_step": 100},
+        {"alternate": True, "error_feedback": False, "warm_start": False, "seed": 7, "min_compression_ratio": 4.0},
+        {"error_dtype": "bfloat16", "comm_dtype": "float16"},
+    ],
+    ids=str,
+)
+def test_arguments_arrive_from_flags_and_yaml_alike(strategy_of, tmp_path, arguments):
+    flags = ["--trainer.strategy", "PowerSGDStrategy"]
+    for name, value in arguments.items():
+        flags += [f"--trainer.strategy.{name}", value if isinstance(value, str) else json.dumps(value)]
+    expected = PowerSGDStrategy(**arguments).config
+    assert strategy_of(flags).config == expected
+    in_yaml = {"class_path": "lightning_powersgd.PowerSGDStrategy", "init_args": arguments}
+    assert strategy_of(write_yaml(tmp_path, in_yaml)).config == expected
+
+
+def test_arguments_of_ddp_arrive_too(strategy_of):
+    flags = ["--trainer.strategy=PowerSGDStrategy", "--trainer.strategy.find_unused_parameters=true"]
+    strategy = strategy_of([*flags, "--trainer.strategy.bucket_cap_mb=5", "--trainer.strategy.timeout=0:10:00"])
+    assert strategy._ddp_kwargs["find_unused_parameters"] is True
+    assert strategy._ddp_kwargs["bucket_cap_mb"] == 5
+
+
+@pytest.mark.parametrize(("flag", "message"), [("rank=0", "below 1"), ("no_such=1", "no_such"), ("rank=x", "rank")])
+def test_bad_flags_end_the_program_with_a_message(strategy_of, capsys, flag, message):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        strategy_of(["--trainer.strategy=PowerSGDStrategy", f"--trainer.strategy.{flag}"])
+    assert message in capsys.readouterr().err + str(caught.value)
+
+
+def test_help_lists_every_argument_with_its_text(strategy_of, capsys):
+    with pytest.raises(SystemExit) as caught:
+        strategy_of(["--trainer.strategy.help=PowerSGDStrategy"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, words in {
+        "rank": "columns kept of each factor",
+        "start_step": "averaged exactly before compression starts",
+        "min_compression_ratio": "dense / sent ratio is below this",
+        "alternate": "only one of the two factors",
+        "error_feedback": "what one step did not send",
+        "warm_start": "instead of a random one",
+        "error_dtype": "dtype of the error buffers",
+        "comm_dtype": "dtype of the factors on the wire",
+        "seed": "of the first random factors",
+        "log_metrics": "without any callback being added",
+        "prog_bar": "in the progress bar",
+        "checkpoint_error_feedback": "put the error buffers into checkpoints",
+        "find_unused_parameters": "that the loss does not depend on",
+        "timeout": "of collectives",
+    }.items():
+        assert f"--trainer.strategy.{name} " in text, name
+        assert words in text, name
