@@ -130,7 +130,6 @@ class PowerSGDStrategy(DDPStrategy):
         bucket_cap_mb: float | None = None,
         **ddp_kwargs: Any,
     ) -> None:
-        _reject_unknown(ddp_kwargs)
         _reject_conflicts(
             ddp_comm_state=ddp_comm_state,
             ddp_comm_hook=ddp_comm_hook,
@@ -138,6 +137,7 @@ class PowerSGDStrategy(DDPStrategy):
             model_averaging_period=model_averaging_period,
             **ddp_kwargs,
         )
+        _reject_unknown(ddp_kwargs)
         self.config = PowerSGDConfig(
             rank=rank,
             start_step=start_step,
@@ -310,6 +310,12 @@ class PowerSGDStrategy(DDPStrategy):
             self.configure_ddp()
 
 
+def _reject_conflicts(**arguments: Any) -> None:
+    for name, why in _CONFLICTS.items():
+        if arguments.get(name) not in (None, False):
+            raise ValueError(f"`{name}` cannot be used with PowerSGDStrategy: {why}. Remove `{name}`.")
+
+
 def _reject_unknown(ddp_kwargs: Mapping[str, Any]) -> None:
     ours = inspect.signature(PowerSGDStrategy.__init__).parameters
     known = {*ours, *inspect.signature(DistributedDataParallel.__init__).parameters} - {"self", "ddp_kwargs"}
@@ -319,9 +325,3 @@ def _reject_unknown(ddp_kwargs: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean `{close[0]}`?" if close else "See the documentation of PowerSGDStrategy for a list."
             raise TypeError(f"PowerSGDStrategy has no argument `{name}`. {hint}")
-
-
-def _reject_conflicts(**arguments: Any) -> None:
-    for name, why in _CONFLICTS.items():
-        if arguments.get(name) not in (None, False):
-            raise ValueError(f"`{name}` cannot be used with PowerSGDStrategy: {why}. Remove `{name}`.")

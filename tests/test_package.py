@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 import lightning_powersgd
 from lightning_powersgd import PowerSGDStrategy
@@ -83,16 +84,12 @@ def test_a_trainer_takes_the_name_in_a_fresh_interpreter():
 
 
 def test_the_arguments_of_ddp_strategy_are_all_there():
-    import inspect
-
-    from lightning.pytorch.strategies import DDPStrategy
-
     theirs = set(inspect.signature(DDPStrategy.__init__).parameters) - {"kwargs"}
     ours = inspect.signature(PowerSGDStrategy.__init__).parameters
     assert theirs <= set(ours)
     assert all(parameter.annotation is not parameter.empty for name, parameter in ours.items() if name != "self")
-    documented = PowerSGDStrategy.__doc__ or ""
-    assert all(f"        {name}: " in documented for name in ours if name not in ("self", "ddp_kwargs"))
+    documented = inspect.getdoc(PowerSGDStrategy)
+    assert all(f"\n    {name}: " in documented for name in ours if name not in ("self", "ddp_kwargs"))
 
 
 def test_everything_public_is_documented():

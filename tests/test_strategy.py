@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_utilities.core.imports import RequirementCache
 from models import Classifier, loader, replicas_agree, trainer
 from ranks import counted_all_reduce
 from torch import Tensor, nn
@@ -151,7 +152,19 @@ class Manual(Classifier):
         self.log("train_loss", loss)
 
 
-@pytest.mark.parametrize("static_graph", [False, True])
+@pytest.mark.parametrize(
+    "static_graph",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                not RequirementCache("lightning>=2.6"),
+                reason="before 2.6, Lightning never flushed the first step of a static graph in manual optimisation",
+            ),
+        ),
+    ],
+)
 def test_manual_optimisation(fit, static_graph):
     for result in fit(_manual, static_graph):
         assert result["agree"]
@@ -340,10 +353,13 @@ def _precision(root: str, precision: str) -> dict[str, Any]:
 
 
 class Silent(Classifier):
-    """Logs nothing: with these versions, torch.compile fails in `self.log`, whatever the strategy."""
+    """Logs nothing: with some versions, torch.compile fails in `self.log`, whatever the strategy."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self(batch[0])
 
 
 def test_compiled_module(fit):
@@ -438,21 +454,19 @@ def _early_stopping(root: str) -> dict[str, Any]:
 
 
 def test_learning_rate_finder(fit):
-    for agree, rate, steps, saved in fit(_find_rate):
+    for agree, rate, steps, global_step in fit(_find_rate):
         assert agree
         assert rate > 0
-        # The search leaves no trace: the state is what it was before it.
-        assert steps == 10
-        assert saved > 0
+        # The search leaves no trace: its steps do not count, and the errors it made are gone.
+        assert steps == global_step <= 10
 
 
-def _find_rate(root: str) -> tuple[bool, float, int, float]:
+def _find_rate(root: str) -> tuple[bool, float, int, int]:
     model = Classifier(lr=0.001)
     finder = LearningRateFinder(num_training_steps=10, early_stop_threshold=None)
     run = trainer(root=root, max_epochs=1, callbacks=[finder], enable_checkpointing=True)
     run.fit(model, loader())
-    state = run.strategy.exchange.state
-    return replicas_agree(model), model.lr, state.step, float(run.callback_metrics["powersgd/bytes_saved"])
+    return replicas_agree(model), model.lr, run.strategy.exchange.state.step, run.global_step
 
 
 # Metrics
