@@ -201,35 +201,33 @@ class PowerSGDState:
         }
 
     def _slot_state(self, slot: Slot, error_feedback: bool) -> dict[str, Any]:
-        factor = self.factors[slot.name][self.held]
-        if self.held == "right":
-            factor = permute_columns(factor, slot.shape, slot.order, to_shape_order=True)
-        entry = {"shape": list(slot.shape), "rank": slot.rank, "factor": factor.clone()}
+        factors = {side: factor.clone() for side, factor in self.factors[slot.name].items()}
+        factors["right"] = permute_columns(factors["right"], slot.shape, slot.order, to_shape_order=True)
+        entry = {"shape": list(slot.shape), "rank": slot.rank, "factors": factors}
         if error_feedback and self.errors:
             entry["error"] = self.errors[slot.name]
         return entry
 
     def _load_slot(self, slot: Slot, saved: Mapping[str, Any] | None) -> list[str]:
-        factor, error = self.factors[slot.name][self.held], self.errors.get(slot.name)
+        error = self.errors.get(slot.name)
+        if error is not None:
+            error.zero_()
         if saved is None:
-            if error is not None:
-                error.zero_()
             return [f"{slot.name}: nothing saved, starts with an empty error buffer"]
         dropped = []
-        saved_factor = saved["factor"]
-        if saved_factor.shape == factor.shape:
-            if self.held == "right":
-                saved_factor = permute_columns(saved_factor, slot.shape, slot.order, to_shape_order=False)
-            factor.copy_(saved_factor)
-        else:
-            dropped.append(
-                f"{slot.name}: factor of shape {tuple(saved_factor.shape)} where {tuple(factor.shape)} is needed"
-            )
+        for side, factor in self.factors[slot.name].items():
+            found = saved["factors"].get(side)
+            if found is not None and found.shape == factor.shape:
+                if side == "right":
+                    found = permute_columns(found, slot.shape, slot.order, to_shape_order=False)
+                factor.copy_(found)
+            elif side == self.held:
+                shape = None if found is None else tuple(found.shape)
+                dropped.append(f"{slot.name}: {side} factor of shape {shape} where {tuple(factor.shape)} is needed")
         if error is not None:
             if "error" in saved:
                 error.copy_(saved["error"])
             else:
-                error.zero_()
                 dropped.append(f"{slot.name}: no error buffer saved")
         return dropped
 

@@ -174,6 +174,7 @@ class PowerSGDStrategy(DDPStrategy):
         self.checkpoint_error_feedback = checkpoint_error_feedback
         self._monitor = CompressionMonitor(prog_bar=prog_bar) if log_metrics else None
         self._exchange: GradientExchange | None = None
+        self._parameters: tuple[torch.nn.Parameter, ...] = ()
         self._trainable: tuple[bool, ...] = ()
 
     @classmethod
@@ -217,6 +218,7 @@ class PowerSGDStrategy(DDPStrategy):
         assert self.lightning_module is not None
         # Before DDP makes its own checks, which leave the ranks that agree with rank 0 waiting for those that do not.
         require_agreement(self._fingerprint(), self._ddp_kwargs.get("process_group"))
+        self._parameters = tuple(self.lightning_module.parameters())
         self._trainable = self._trainable_now()
         # A second pass with static graph and manual optimization starts over with DDP's first-step delay.
         self._pl_static_graph_delay_done = False
@@ -290,8 +292,7 @@ class PowerSGDStrategy(DDPStrategy):
         return fingerprint
 
     def _trainable_now(self) -> tuple[bool, ...]:
-        assert self.lightning_module is not None
-        return tuple(parameter.requires_grad for parameter in self.lightning_module.parameters())
+        return tuple(parameter.requires_grad for parameter in self._parameters)
 
     def _follow_frozen_parameters(self) -> None:
         """Wrap the module anew when parameters were unfrozen or frozen since DDP looked at them.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from ranks import gather_equal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -60,10 +60,19 @@ def loader(samples: int = 160, batch_size: int = 8, shuffle: bool = True) -> Dat
     return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=shuffle)
 
 
+class ReplicasAgree(Callback):
+    """Checks at the end of every fit that parameters are equal on all ranks, bit for bit."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert replicas_agree(pl_module), "the replicas drifted apart"
+
+
 def trainer(strategy: Any = "powersgd", *, root: str | Path, **kwargs: Any) -> Trainer:
-    """A quiet two- or four-rank trainer in the current rank's process group."""
+    """A quiet trainer on the current ranks, which checks that replicas agree when a fit ends."""
+    callbacks = [*kwargs.pop("callbacks", []), ReplicasAgree()]
     defaults: dict[str, Any] = {
         "max_epochs": 2,
+        "callbacks": callbacks,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,

@@ -127,7 +127,7 @@ def _catch(function: Callable[..., Any], args: Any, kwargs: Any) -> str:
 
 def gather_equal(tensors: list[torch.Tensor]) -> bool:
     """Whether tensors are bitwise equal on all ranks. Every rank must call this."""
-    mine = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+    mine = torch.cat([tensor.detach().cpu().flatten().double() for tensor in tensors])
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     return all(torch.equal(everyone[0], theirs) for theirs in everyone)

@@ -82,7 +82,7 @@ def test_state_survives_a_file_bit_for_bit(config):
     for name, error in state.errors.items():
         assert torch.equal(error, loaded.errors[name])
     for name, sides in state.factors.items():
-        assert torch.equal(sides[state.held], loaded.factors[name][state.held])
+        assert all(torch.equal(factor, loaded.factors[name][side]) for side, factor in sides.items())
 
 
 def test_keys_of_the_checkpoint_are_a_contract():
@@ -96,7 +96,7 @@ def test_keys_of_the_checkpoint_are_a_contract():
         "total_sent_bytes",
         "parameters",
     }
-    assert set(saved["parameters"]["a.weight"]) == {"shape", "rank", "factor", "error"}
+    assert set(saved["parameters"]["a.weight"]) == {"shape", "rank", "factors", "error"}
     assert saved["parameters"]["a.weight"]["rank"] == 3
     assert saved["parameters"]["b.weight"]["shape"] == [20, 8, 3, 3]
 
@@ -108,7 +108,7 @@ def test_a_factor_saved_in_another_memory_format_is_taken_over_in_place():
     other = PowerSGDState(net.named_parameters(), PowerSGDConfig())
     assert other.load_state_dict(contiguous.state_dict()) == []
     assert not torch.equal(other.factors["b.weight"]["right"], contiguous.factors["b.weight"]["right"])
-    factors = [state.state_dict()["parameters"]["b.weight"]["factor"] for state in (contiguous, other)]
+    factors = [state.state_dict()["parameters"]["b.weight"]["factors"]["right"] for state in (contiguous, other)]
     assert torch.equal(*factors)
     assert torch.equal(other.errors["b.weight"], contiguous.errors["b.weight"])
 
@@ -120,10 +120,23 @@ def test_another_rank_keeps_the_errors_and_says_what_was_not_kept():
     dropped = loaded.load_state_dict(state.state_dict())
     assert dropped == [
         "b.weight: no longer compressed",
-        "a.weight: factor of shape (2, 30) where (3, 30) is needed",
+        "a.weight: right factor of shape (2, 30) where (3, 30) is needed",
     ]
     assert torch.equal(loaded.errors["a.weight"], state.errors["a.weight"])
     assert torch.equal(loaded.factors["a.weight"]["right"], untouched)
+
+
+def test_a_factor_of_the_other_side_is_not_mistaken_for_this_one():
+    net = nn.Linear(30, 30)
+    alternating = PowerSGDState(net.named_parameters(), PowerSGDConfig(alternate=True))
+    alternating.turn()
+    saved = alternating.state_dict()
+    del saved["parameters"]["weight"]["factors"]["right"]
+    full = PowerSGDState(net.named_parameters(), PowerSGDConfig(seed=1))
+    untouched = full.factors["weight"]["right"].clone()
+    assert full.load_state_dict(saved) == ["weight: right factor of shape None where (2, 30) is needed"]
+    assert full.held == "right"
+    assert torch.equal(full.factors["weight"]["right"], untouched)
 
 
 def test_a_new_parameter_and_missing_errors_start_empty():

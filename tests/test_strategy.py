@@ -595,7 +595,9 @@ def test_a_checkpoint_holds_plain_types_only_and_one_buffer_a_parameter(fit, tmp
     assert set(saved["parameters"]) == {"net.0.weight", "net.2.weight", "net.4.weight"}
     for name, entry in saved["parameters"].items():
         assert entry["error"].shape == checkpoint["state_dict"][name].shape
-        assert entry["factor"].shape == (2, entry["error"].shape[1])
+        assert {side: factor.shape for side, factor in entry["factors"].items()} == {
+            "right": (2, entry["error"].shape[1])
+        }
     assert "powersgd" not in torch.load(tmp_path / "weights.ckpt", weights_only=True)
     # What the file costs: the error buffers once, and the factors, whatever the number of ranks.
     extra = (tmp_path / "full.ckpt").stat().st_size - (tmp_path / "without.ckpt").stat().st_size
