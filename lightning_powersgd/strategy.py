@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import inspect
 import logging
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import Precision
@@ -202,6 +204,13 @@ class PowerSGDStrategy(DDPStrategy):
         return self._exchange
 
     @override
+    def setup_distributed(self) -> None:
+        ours = not dist.is_initialized()
+        super().setup_distributed()
+        if ours:
+            atexit.register(_end_process_group)
+
+    @override
     def setup(self, trainer: pl.Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             assert self.lightning_module is not None
@@ -309,6 +318,16 @@ class PowerSGDStrategy(DDPStrategy):
             self.model.reducer._remove_autograd_hooks()
             self.model = self.lightning_module
             self.configure_ddp()
+
+
+def _end_process_group() -> None:
+    """End the process group when the program ends.
+
+    Lightning does so for NCCL only. With gloo, threads that are still running then abort now and then a program that
+    had done all its work.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _reject_conflicts(**arguments: Any) -> None:
