@@ -205,7 +205,7 @@ def main() -> None:
         trainer_defaults={"accelerator": "cpu", "devices": 2, "max_epochs": 10},
         save_config_kwargs={"overwrite": True},
     )
-    # Lightning leaves gloo's process group open, and now and then its threads abort the process as it exits.
+    # With plain DDP, Lightning leaves gloo's process group open, and its threads abort a process now and then.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -6,11 +6,12 @@ deadlocks or aborts with more than one bucket on gloo.)
 
 For groups 0, 1, 2, … a step runs
 
-    start 0 │ start 1, continue 0 │ start 2, continue 1 │ … │ continue last │ residuals │ finish 0, 1, 2, …
+    start 0 │ start 1, proceed 0 │ start 2, proceed 1 │ … │ proceed last │ receive 0, 1, … │ finish 0, 1, …
 
-where *start* projects the group's gradients and sends P with everything that is sent whole, *continue* orthonormalises
-P and sends Q, *residuals* updates the error buffers while the last Q is on the wire, and *finish* writes the averaged
-gradients into DDP's buckets. When alternating, *start* sends the one factor and *continue* has nothing to do.
+where *start* projects the group's gradients and sends P with everything that is sent whole, *proceed* orthonormalises
+P and sends Q, and *finish* updates the error buffers and writes the averaged gradients into DDP's buckets. When
+alternating, *start* sends the one factor and *proceed* sends nothing. Nothing that outlives the step is changed before
+all of it was received and found finite.
 """
 
 from collections.abc import Mapping
@@ -129,9 +130,10 @@ class GradientExchange:
         """Replace every rank's error buffers by their mean.
 
         The trajectory depends on the mean alone (P and Q are linear in it), so a run may do this at any time. A
-        checkpoint then needs one buffer a parameter, whatever the number of ranks. Every rank must call it.
+        checkpoint then needs one buffer a parameter, whatever the number of ranks. Every rank must call it. A second
+        call changes nothing: a mean of three equal buffers would be rounded anew.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or self.state.averaged:
             return
         for error in self.state.errors.values():
             # In float32 at least, or a bfloat16 sum of many ranks would round at every one of them. On the device of
@@ -141,6 +143,12 @@ class GradientExchange:
             )
             dist.all_reduce(mean, group=self.process_group)
             error.copy_(mean)
+        self.state.averaged = True
+
+    def retire(self) -> None:
+        """Let go of the accelerator's memory when a fit ends; the state stays, on the CPU, for a last checkpoint."""
+        self._groups, self._place = [], {}
+        self.state.to(torch.device("cpu"))
 
     def _begin_step(self) -> None:
         self.state.dense_bytes = self.state.sent_bytes = 0
@@ -187,20 +195,20 @@ class GradientExchange:
         return future
 
     def _drain(self) -> None:
-        """Write the averaged gradients; keep errors and factors as they were if any rank's gradient was not finite."""
+        """Write the averaged gradients; keep errors and factors as they were if any payload was not finite."""
         assert self._started == len(self._groups), "DDP's buckets left out a trainable parameter"
         self._groups[-1].proceed()
+        for group in self._groups:
+            group.receive()
         # Every rank holds the same averages, so all of them judge alike.
         finite = bool(torch.stack([group.finite for group in self._groups]).all())
-        if finite:
-            for group in self._groups:
-                group.update_errors()
         for group in self._groups:
-            group.finish(keep_factors=finite)
+            group.finish(keep=finite)
         for future, buffer in self._futures:
             future.set_result(buffer)
         self._forget_buckets()
         if finite:
+            self.state.averaged = False
             self.state.turn()
 
 
@@ -230,6 +238,7 @@ class _GroupExchange:
         self.gradients: dict[str, Tensor] = {}
         self.own_factors: list[Tensor] = []
         self.finite = torch.ones((), dtype=torch.bool)
+        self._wire = torch.empty(0)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -244,6 +253,7 @@ class _GroupExchange:
     def start(self) -> None:
         """Add the errors, and send the first payload: what is sent whole, and P (alternating: the projection)."""
         held = self._state.held
+        self.finite = torch.ones((), dtype=torch.bool, device=self._state.device)
         self._sent = other_side(held) if self._alternate else "right"
         for slot, view in zip(self._whole, self._first.whole, strict=True):
             view.copy_(self.gradients[slot.name])
@@ -264,8 +274,7 @@ class _GroupExchange:
 
     def proceed(self) -> None:
         """Receive the first payload; in a full step, orthonormalise P and send Q."""
-        self._receive()
-        self.finite = torch.isfinite(self._first.wire[other_side(self._state.held)]).all()
+        self.receive()
         for slot, view in zip(self._whole, self._first.whole, strict=True):
             self.gradients[slot.name].copy_(view)
         if not self._alternate:
@@ -278,25 +287,25 @@ class _GroupExchange:
             self._project()
             self._send(self._last, self._sent)
 
-    def update_errors(self) -> None:
-        """Keep what this rank's projection leaves of M, the local residual. Needs nothing from the wire."""
-        if not self._state.errors:
-            return
-        for slot, basis, own in zip(self._compressed, self._bases, self.own_factors, strict=True):
-            matrix, error = self._matrix(slot), as_matrix(self._state.errors[slot.name], slot.order)
-            if error.dtype == matrix.dtype:
-                residual(matrix, *self._left_right(basis, own), out=error)
-            else:
-                residual(matrix, *self._left_right(basis, own), out=matrix)
-                error.copy_(matrix)
+    def receive(self) -> None:
+        """Wait for the payload that is on its way, if there is one."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+            self.finite = self.finite & torch.isfinite(self._wire).all()
 
-    def finish(self, *, keep_factors: bool) -> None:
-        """Write the averaged gradients ĝ = P̂ Qᵀ, and keep the averaged factors as the next warm start."""
-        self._receive()
-        for slot, basis, factor in zip(self._compressed, self._bases, self._last.factors[self._sent], strict=True):
-            reconstruct(*self._left_right(basis, factor), out=as_matrix(self.gradients[slot.name], slot.order))
-            if keep_factors:
+    def finish(self, *, keep: bool) -> None:
+        """Write the averaged gradients ĝ = P̂ Qᵀ.
+
+        Args:
+            keep: keep the local residual as the error, and the averaged factor as the next warm start.
+        """
+        factors = self._last.factors[self._sent]
+        for slot, basis, own, factor in zip(self._compressed, self._bases, self.own_factors, factors, strict=True):
+            if keep:
+                self._keep_residual(slot, *self._left_right(basis, own))
                 self._state.keep_factor(slot, self._sent, factor)
+            reconstruct(*self._left_right(basis, factor), out=as_matrix(self.gradients[slot.name], slot.order))
 
     def _matrix(self, slot: Slot) -> Tensor:
         """Give M = g + e, (n, m): in DDP's bucket, or where the two dtypes differ in a temporary of the wider one."""
@@ -309,6 +318,16 @@ class _GroupExchange:
         gradient, error = self.gradients[slot.name], self._state.errors.get(slot.name)
         if error is not None and error.dtype == gradient.dtype:
             gradient.add_(error)
+
+    def _keep_residual(self, slot: Slot, left: Tensor, right: Tensor) -> None:
+        if slot.name not in self._state.errors:
+            return
+        matrix, error = self._matrix(slot), as_matrix(self._state.errors[slot.name], slot.order)
+        if error.dtype == matrix.dtype:
+            residual(matrix, left, right, out=error)
+        else:
+            residual(matrix, left, right, out=matrix)
+            error.copy_(matrix)
 
     def _set_bases(self, factors: list[Tensor]) -> None:
         # In M's dtype, since a basis never travels and need not be rounded to the wire's.
@@ -328,12 +347,8 @@ class _GroupExchange:
         return (basis, factor) if self._sent == "right" else (factor, basis)
 
     def _send(self, payload: "_Payload", side: Side) -> None:
-        self._work = self._exchange.all_reduce(payload.wire[side].div_(self._exchange.world_size))
-
-    def _receive(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        self._wire = payload.wire[side].div_(self._exchange.world_size)
+        self._work = self._exchange.all_reduce(self._wire)
 
 
 class _Payload:

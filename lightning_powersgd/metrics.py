@@ -115,7 +115,7 @@ class CompressionMonitor(Callback):
 
     Logged are, as ``powersgd/…``, the ``compression_ratio`` and ``bytes_sent`` of the last step, ``bytes_saved`` since
     the fit began, and the ``residual_ratio`` of the last step of this rank (with error feedback only: without it there
-    is no residual to measure). One batch an epoch, the first, is logged whatever the cadence, and so is the last.
+    is no residual to measure). ``trainer.callback_metrics`` has them from an epoch's first and last batch, too.
 
     Args:
         prog_bar: show the compression ratio in the progress bar.
@@ -123,6 +123,7 @@ class CompressionMonitor(Callback):
 
     def __init__(self, prog_bar: bool = False) -> None:
         self._prog_bar = prog_bar
+        self._last_logged = 0
         # Each rank logs its own: waiting for the others costs a collective and tells nothing new.
         self._compression_ratio = CompressionRatio(sync_on_compute=False)
         self._bytes_sent = BytesSent(sync_on_compute=False)
@@ -130,14 +131,22 @@ class CompressionMonitor(Callback):
         self._residual_ratio = ResidualRatio(sync_on_compute=False)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        exchange: GradientExchange | None = getattr(trainer.strategy, "exchange", None)
+        self._last_logged = 0 if exchange is None else exchange.state.step
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         exchange: GradientExchange | None = getattr(trainer.strategy, "exchange", None)
+        if exchange is None or exchange.state.step == self._last_logged:
+            return  # nothing was exchanged since: gradients accumulate
         last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
-        if exchange is None or not (batch_idx == 0 or last or trainer._logger_connector.should_update_logs):
+        if not (batch_idx == 0 or last or trainer._logger_connector.should_update_logs):
             return
         state = exchange.state
+        self._last_logged = state.step
         values = {
             "compression_ratio": _measure(self._compression_ratio, state.dense_bytes, state.sent_bytes),
             "bytes_sent": _measure(self._bytes_sent, state.dense_bytes, state.sent_bytes),

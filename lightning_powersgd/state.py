@@ -36,6 +36,7 @@ class PowerSGDState:
         parameters: the trainable parameters by name.
         errors: error buffers by name; empty without error feedback.
         factors: by name, the factors held for the next step, by side.
+        averaged: whether the error buffers are the mean over ranks already, and so alike on all of them.
         held: the side of the factors that the next step starts from; always "right" unless alternating.
         step: synchronised backward passes so far.
         dense_bytes: gradient bytes of the last step, as plain all-reduce would have sent them.
@@ -59,6 +60,7 @@ class PowerSGDState:
         self.parameters = {parameter_name(name): parameter for name, parameter in named if parameter.requires_grad}
         self.device = _common_device(self.parameters)
         self.step = 0
+        self.averaged = True
         self.held: Side = "right"
         self.dense_bytes = 0
         self.sent_bytes = 0
@@ -132,6 +134,7 @@ class PowerSGDState:
             "format_version": FORMAT_VERSION,
             "settings": self.config.to_dict(),
             "step": self.step,
+            "averaged": self.averaged,
             "held": self.held,
             "total_dense_bytes": self.total_dense_bytes,
             "total_sent_bytes": self.total_sent_bytes,
@@ -170,6 +173,7 @@ class PowerSGDState:
                     f" {slot.shape}. Resume with the model that was saved, or delete the checkpoint's 'powersgd' entry."
                 )
         self.step = state["step"]
+        self.averaged = state["averaged"]
         self.total_dense_bytes = state["total_dense_bytes"]
         self.total_sent_bytes = state["total_sent_bytes"]
         self.held = state["held"] if self.config.alternate else "right"

@@ -17,7 +17,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import _augment_message
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -217,9 +217,7 @@ class PowerSGDStrategy(DDPStrategy):
             require_values(self.lightning_module.named_parameters())
             # Like the optimizers, a new fit starts afresh, unless a checkpoint is resumed.
             self._exchange = None
-            if self._monitor is not None and self._monitor not in trainer.callbacks:  # type: ignore[attr-defined]
-                # First, so that the progress bar shows this step's values.
-                trainer.callbacks.insert(0, self._monitor)  # type: ignore[attr-defined]
+            self._add_monitor(trainer)
         super().setup(trainer)
 
     @override
@@ -253,9 +251,14 @@ class PowerSGDStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         # A weights-only checkpoint has no optimizer states, and none of ours either.
         if self._exchange is not None and "optimizer_states" in checkpoint:
-            if self.checkpoint_error_feedback:
+            with_errors = self.checkpoint_error_feedback
+            if with_errors and self._interrupted():
+                # The other ranks may never come to the collective, and waiting for them would lose the file.
+                rank_zero_warn("A checkpoint saved on an exception holds no PowerSGD error buffers.")
+                with_errors = False
+            if with_errors:
                 self._exchange.average_errors()
-            checkpoint[CHECKPOINT_KEY] = self._exchange.state.state_dict(error_feedback=self.checkpoint_error_feedback)
+            checkpoint[CHECKPOINT_KEY] = self._exchange.state.state_dict(error_feedback=with_errors)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -287,14 +290,28 @@ class PowerSGDStrategy(DDPStrategy):
     def teardown(self) -> None:
         super().teardown()
         if self._exchange is not None:
-            # Out of the accelerator's memory, as Lightning does with the optimizers, and at hand for a last checkpoint.
-            self._exchange.state.to(torch.device("cpu"))
+            # As Lightning does with the optimizers.
+            self._exchange.retire()
+
+    def _add_monitor(self, trainer: pl.Trainer) -> None:
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        added = any(isinstance(callback, CompressionMonitor) for callback in callbacks)
+        if self._monitor is not None and not added and not trainer.barebones:
+            # First, so that the progress bar shows this step's values.
+            callbacks.insert(0, self._monitor)
+
+    def _interrupted(self) -> bool:
+        module = self.lightning_module
+        return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
 
     def _fingerprint(self) -> dict[str, str]:
         """Describe what must be the same on every rank."""
         assert self.lightning_module is not None
         fingerprint = {"the version of lightning_powersgd": __version__}
         fingerprint |= {f"the argument `{name}`": repr(value) for name, value in self.config.to_dict().items()}
+        for name in ("find_unused_parameters", "static_graph", "bucket_cap_mb"):
+            fingerprint[f"the argument `{name}`"] = repr(self._ddp_kwargs.get(name))
+        fingerprint["the argument `checkpoint_error_feedback`"] = repr(self.checkpoint_error_feedback)
         for name, parameter in self.lightning_module.named_parameters():
             kind = "trainable" if parameter.requires_grad else "frozen"
             fingerprint[f"the parameter {name!r}"] = f"{kind} {tuple(parameter.shape)} {parameter.dtype}"
@@ -311,6 +328,9 @@ class PowerSGDStrategy(DDPStrategy):
         """
         trainable = self._trainable_now()
         if trainable == self._trainable or not isinstance(self.model, DistributedDataParallel):
+            return
+        if not self.model.require_backward_grad_sync:
+            # Gradients accumulate, on each rank for itself. The pass that synchronises them is early enough.
             return
         unfrozen = any(now and not before for now, before in zip(trainable, self._trainable, strict=True))
         if unfrozen or not self.model.find_unused_parameters:

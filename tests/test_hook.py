@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -186,6 +187,25 @@ def test_bytes_are_those_that_enter_all_reduce(two_ranks, alternate, collectives
     assert last_two == plan.sent_bytes(alternate=alternate)
 
 
+def test_the_process_group_itself_sees_those_bytes_and_no_other_collective(two_ranks):
+    for counted, seen in two_ranks.run(_bytes_seen_by_gloo):
+        assert seen == {"gloo:all_reduce": counted}
+
+
+def _bytes_seen_by_gloo() -> tuple[int, dict[str, int]]:
+    model, exchange = attach(make_net())
+    x, y = make_batches(1)[0]
+    loss = F.cross_entropy(model(x), y)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        loss.backward()
+    seen: dict[str, int] = {}
+    for event in profile.events():
+        if event.name.startswith("gloo:"):
+            nbytes = sum(4 * math.prod(shape) for shape in event.input_shapes if shape)
+            seen[event.name] = seen.get(event.name, 0) + nbytes
+    return exchange.state.sent_bytes, seen
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_gradients_match_those_of_pytorchs_hook(two_ranks, rank):
     for deviation in two_ranks.run(_deviation_from_pytorch, rank):
@@ -248,6 +268,7 @@ RESUME_CONFIGS = [
     {"rank": 1},
     {"rank": 2},
     {"rank": 4, "alternate": True},
+    {"rank": 8},
     {"error_dtype": "bfloat16"},
     {"comm_dtype": "bfloat16", "alternate": True},
     {"warm_start": False},
@@ -290,6 +311,32 @@ def _resumes_bitwise(config: dict[str, Any]) -> bool:
     new_optimizer.load_state_dict(saved[2])
     steps(resumed, new_optimizer, batches[5:])
     return all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("error_dtype", [None, "bfloat16"])
+def test_averaged_errors_are_the_mean_and_averaging_twice_changes_nothing(four_ranks, error_dtype):
+    assert all(four_ranks.run(_average_twice, error_dtype))
+
+
+def _average_twice(error_dtype: str | None) -> bool:
+    # On three of the ranks, since a division by three rounds.
+    group = dist.new_group([0, 1, 2])
+    if dist.get_rank() == 3:
+        return True
+    model = DistributedDataParallel(make_net(), process_group=group)
+    exchange = attach_powersgd(model, PowerSGDConfig(error_dtype=error_dtype))
+    for x, y in make_batches(3):
+        F.cross_entropy(model(x), y).backward()
+    error = exchange.state.errors["3.weight"]
+    everyone = [torch.empty(error.shape) for _ in range(3)]
+    dist.all_gather(everyone, error.float(), group=group)
+    exact = torch.stack(everyone).double().mean(dim=0)
+    exchange.average_errors()
+    # Rounded to bfloat16 once, and not at every addition; in float32 a sum may cancel.
+    torch.testing.assert_close(error.double(), exact, rtol=0.51 * torch.finfo(error.dtype).eps, atol=1e-8)
+    averaged = error.clone()
+    exchange.average_errors()
+    return torch.equal(error, averaged)
 
 
 def test_averaging_the_errors_does_not_change_the_run(two_ranks):
@@ -346,6 +393,7 @@ def test_parameters_of_several_dtypes(two_ranks):
 
 
 def _train_mixed() -> bool:
+    """What came in is what was sent, added up, and the mean of the errors, in every dtype."""
     torch.manual_seed(0)
     net = nn.ModuleList([nn.Linear(40, 30), nn.Linear(30, 40).to(torch.float64), nn.Linear(40, 40).to(torch.bfloat16)])
 
@@ -358,11 +406,26 @@ def _train_mixed() -> bool:
             return self.net[2](self.net[1](self.net[0](x).double()).bfloat16()).float()
 
     model, exchange = attach(Mixed())
+    twin = copy.deepcopy(model.module)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    # Gradients add up in .grad, here and there.
     for _ in range(3):
+        x = torch.randn(5, 40, generator=generator)
+        kept = {name: p.grad for name, p in model.module.named_parameters()}
         model.zero_grad()
-        model(torch.randn(5, 40)).square().sum().backward()
+        model(x).square().mean().backward()
+        for name, p in model.module.named_parameters():
+            p.grad += 0 if kept[name] is None else kept[name]
+        twin(x).square().mean().backward()
     assert len(exchange.state.plan.groups) == 3
-    return all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    exchange.average_errors()
+    for name, p in model.module.named_parameters():
+        came_in = twin.get_parameter(name).grad.double()
+        dist.all_reduce(came_in)
+        accounted = p.grad.double() + exchange.state.errors.get(name, torch.zeros(())).double()
+        tolerance = 0.05 if p.dtype == torch.bfloat16 else 1e-5
+        assert float((accounted - came_in / 2).norm() / came_in.norm()) < tolerance, name
+    return True
 
 
 @pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
@@ -416,6 +479,27 @@ def _recovers(name: str, value: float, alternate: bool) -> bool:
             grads.append(gradients(model))
         runs.append(grads)
     return all(torch.equal(a[name], b[name]) for a, b in zip(*runs, strict=True) for name in a)
+
+
+@pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
+def test_an_overflow_on_the_wire_is_remembered_by_none(two_ranks, alternate):
+    assert all(two_ranks.run(_overflows_on_the_wire, alternate))
+
+
+def _overflows_on_the_wire(alternate: bool) -> bool:
+    """All gradients are finite, but the factors of one step do not fit into float16."""
+    model, exchange = attach(nn.Linear(64, 256, bias=False), comm_dtype="float16", alternate=alternate)
+    before = []
+    for scale in (1.0, 1.0, 5e4, 1.0):
+        before.append(copy.deepcopy(exchange.state.state_dict()["parameters"]))
+        model.zero_grad()
+        (model(torch.ones(4, 64)) * scale).sum().backward()
+    kept = all(torch.equal(a, b) for a, b in zip(_tensors(before[2]), _tensors(before[3]), strict=True))
+    return kept and bool(model.module.weight.grad.isfinite().all())
+
+
+def _tensors(parameters: dict[str, Any]) -> list[Tensor]:
+    return [tensor for entry in parameters.values() for tensor in (entry["error"], *entry["factors"].values())]
 
 
 def test_gradients_accumulate_and_only_synchronised_passes_count(two_ranks):
@@ -630,6 +714,17 @@ def test_a_second_hook_is_refused(two_ranks):
 
 def _attach_twice() -> None:
     model, _ = attach(make_net())
+    attach_powersgd(model, PowerSGDConfig())
+
+
+def test_a_module_that_does_not_hold_the_hook_is_refused(two_ranks):
+    for text in two_ranks.run_to_errors(_lose_the_hook):
+        assert "holds the communication hook 'another' instead of PowerSGD's" in text
+
+
+def _lose_the_hook() -> None:
+    model = DistributedDataParallel(make_net())
+    model._get_ddp_logging_data = lambda: {"comm_hook": "another"}
     attach_powersgd(model, PowerSGDConfig())
 
 

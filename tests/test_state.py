@@ -91,6 +91,7 @@ def test_keys_of_the_checkpoint_are_a_contract():
         "format_version",
         "settings",
         "step",
+        "averaged",
         "held",
         "total_dense_bytes",
         "total_sent_bytes",
