@@ -7,7 +7,7 @@ Axis letters, here and in the other rooms below the Lightning line:
     r   rank: columns kept of each factor
 
 A factor is stored **rank first**: the ``P`` of the paper, an (n, r) matrix, is a tensor of shape (r, n) here, and its
-``Q`` is (r, m). Stored (n, r), the product ``M.T @ P`` runs ten to twenty times slower on a CPU, since it strides
+``Q`` is (r, m). Stored (n, r), the product ``M.T @ P`` runs some twenty times slower on a CPU, since it strides
 through the factor.
 """
 

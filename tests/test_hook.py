@@ -361,15 +361,20 @@ def _average_midway() -> tuple[bool, float]:
 
 
 @pytest.mark.parametrize(
-    "config", [{"error_dtype": "bfloat16"}, {"comm_dtype": "bfloat16"}, {"error_dtype": "float64"}], ids=str
+    ("config", "tolerance"),
+    # Ten steps, each off by a rounding of 2⁻⁹ in bfloat16, of errors or of factors, and by 2⁻²⁵ in float32.
+    [({"error_dtype": "bfloat16"}, 0.1), ({"comm_dtype": "bfloat16"}, 0.2), ({"error_dtype": "float64"}, 1e-4)],
+    ids=str,
 )
-def test_other_dtypes_stay_near_the_reference(two_ranks, config):
-    results = two_ranks.run(train, steps=10, rank=2, **config)
-    plain = two_ranks.run(train, steps=10, rank=2)
-    for found, expected in zip(results[0]["parameters"].values(), plain[0]["parameters"].values(), strict=True):
-        # Ten steps of SGD, each off by bfloat16's 2⁻⁸ of a gradient at most.
-        assert torch.allclose(found, expected, rtol=0.02, atol=0.01)
+def test_other_dtypes_take_effect_and_follow_the_same_run(two_ranks, config, tolerance):
+    results = two_ranks.run(train, steps=10, **config)
+    plain = two_ranks.run(train, steps=10)[0]["parameters"]
     assert all(result["equal"] for result in results)
+    found = results[0]["parameters"]
+    assert any(not torch.equal(found[name], plain[name]) for name in plain)
+    for name, start in make_net().named_parameters():
+        way = plain[name] - start.detach()
+        assert float((found[name] - plain[name]).norm()) < tolerance * float(way.norm()), name
 
 
 def test_the_wire_dtype_halves_the_factors_and_leaves_the_rest_exact(two_ranks):
