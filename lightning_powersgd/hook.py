@@ -232,13 +232,12 @@ class _GroupExchange:
         self._first = _Payload(group, ("left", "right") if self._alternate else ("left",), device, flags)
         # What is sent whole, and the flags, travel in the first payload of a full step; a half step has but one.
         self._last = self._first if self._alternate else _Payload(replace(group, whole=()), ("right",), device)
-        self._work: Work | None = None
+        self._in_flight: tuple[Work, Tensor] | None = None
         self._sent: Side = "right"
         self._bases: list[Tensor] = []
         self.gradients: dict[str, Tensor] = {}
         self.own_factors: list[Tensor] = []
         self.finite = torch.ones((), dtype=torch.bool)
-        self._wire = torch.empty(0)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -289,10 +288,11 @@ class _GroupExchange:
 
     def receive(self) -> None:
         """Wait for the payload that is on its way, if there is one."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-            self.finite = self.finite & torch.isfinite(self._wire).all()
+        if self._in_flight is not None:
+            work, wire = self._in_flight
+            work.wait()
+            self._in_flight = None
+            self.finite = self.finite & torch.isfinite(wire).all()
 
     def finish(self, *, keep: bool) -> None:
         """Write the averaged gradients ĝ = P̂ Qᵀ.
@@ -347,8 +347,8 @@ class _GroupExchange:
         return (basis, factor) if self._sent == "right" else (factor, basis)
 
     def _send(self, payload: "_Payload", side: Side) -> None:
-        self._wire = payload.wire[side].div_(self._exchange.world_size)
-        self._work = self._exchange.all_reduce(self._wire)
+        wire = payload.wire[side].div_(self._exchange.world_size)
+        self._in_flight = self._exchange.all_reduce(wire), wire
 
 
 class _Payload:

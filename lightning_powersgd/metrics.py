@@ -132,14 +132,14 @@ class CompressionMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        exchange: GradientExchange | None = getattr(trainer.strategy, "exchange", None)
+        exchange = _exchange_of(trainer)
         self._last_logged = 0 if exchange is None else exchange.state.step
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        exchange: GradientExchange | None = getattr(trainer.strategy, "exchange", None)
+        exchange = _exchange_of(trainer)
         if exchange is None or exchange.state.step == self._last_logged:
             return  # nothing was exchanged since: gradients accumulate
         last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
@@ -157,6 +157,12 @@ class CompressionMonitor(Callback):
         for name, value in values.items():
             prog_bar = self._prog_bar and name == "compression_ratio"
             pl_module.log(f"powersgd/{name}", value, on_step=True, on_epoch=False, prog_bar=prog_bar, batch_size=1)
+
+
+def _exchange_of(trainer: Trainer) -> GradientExchange | None:
+    """Give the strategy's exchange; ``None`` where the trainer has another strategy."""
+    exchange: GradientExchange | None = getattr(trainer.strategy, "exchange", None)
+    return exchange
 
 
 def _measure(metric: Metric, *args: float | Tensor) -> Tensor:

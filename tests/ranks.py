@@ -16,6 +16,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -143,8 +144,5 @@ def counted_all_reduce():
         sent.append(tensor.nbytes)
         return original(tensor, *args, **kwargs)
 
-    dist.all_reduce = counting
-    try:
+    with mock.patch.object(dist, "all_reduce", counting):
         yield sent
-    finally:
-        dist.all_reduce = original

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_launch import run
+from terminal import run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

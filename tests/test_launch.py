@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from models import Classifier
+from terminal import run
 
 from lightning_powersgd import PowerSGDStrategy
 
@@ -21,17 +20,6 @@ from lightning_powersgd import PowerSGDStrategy
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 PROGRAM = Path(__file__).parent / "programs" / "fit.py"
-
-
-def run(command: list[str], root: Path) -> str:
-    """Run a program in a directory; give what it printed."""
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    # Not the surroundings of this test run, which may itself have been started by a launcher.
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 def check(root: Path) -> None:

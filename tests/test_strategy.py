@@ -8,6 +8,7 @@ import logging
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -317,6 +318,13 @@ class Unfreeze(BaseFinetuning):
             self.freeze(pl_module.net[4])
 
 
+class Unfrozen(Classifier):
+    """Optimizes what is trainable at first; `Unfreeze` adds the rest."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_parameters_frozen_and_unfrozen_during_training(fit, find_unused):
     for result, changed in fit(_unfreeze, find_unused):
@@ -336,12 +344,8 @@ def _unfreeze(root: str, find_unused: bool) -> tuple[dict[str, Any], dict[int, l
             for layer, weight in self.before.items():
                 changed[layer].append(not torch.equal(weight, pl_module.net[layer].weight))
 
-    class Few(Classifier):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
-
     strategy = PowerSGDStrategy(find_unused_parameters=find_unused)
-    return train(root, strategy, model=Few(), callbacks=[Unfreeze(), Watch()], max_epochs=3), changed
+    return train(root, strategy, model=Unfrozen(), callbacks=[Unfreeze(), Watch()], max_epochs=3), changed
 
 
 def test_unfreezing_while_gradients_accumulate_counts_no_extra_step(fit):
@@ -351,12 +355,8 @@ def test_unfreezing_while_gradients_accumulate_counts_no_extra_step(fit):
 
 
 def _unfreeze_accumulating(root: str) -> dict[str, Any]:
-    class Few(Classifier):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
-
     strategy = PowerSGDStrategy(find_unused_parameters=True)
-    return train(root, strategy, model=Few(), callbacks=[Unfreeze()], max_epochs=2, accumulate_grad_batches=5)
+    return train(root, strategy, model=Unfrozen(), callbacks=[Unfreeze()], max_epochs=2, accumulate_grad_batches=5)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -541,19 +541,19 @@ def test_metrics_follow_the_trainers_cadence(fit, tmp_path):
     assert [row["step"] for row in read_csv(tmp_path) if row["powersgd/residual_ratio"]] == ["3", "7"]
 
 
+def _log_seldom(root: str) -> None:
+    train(root, log_every_n_steps=4, logger=CSVLogger(root, "csv", version=""), max_epochs=1)
+
+
 def test_metrics_are_measured_once_a_step_while_gradients_accumulate(fit):
     assert fit(_count_measurements) == [4, 4]
 
 
 def _count_measurements(root: str) -> int:
-    measured: list[None] = []
-    original = GradientExchange.residual_norms
-    GradientExchange.residual_norms = lambda self: (measured.append(None), original(self))[1]
-    try:
+    measure = GradientExchange.residual_norms
+    with mock.patch.object(GradientExchange, "residual_norms", autospec=True, side_effect=measure) as measured:
         train(root, accumulate_grad_batches=5, log_every_n_steps=1, max_epochs=2)
-    finally:
-        GradientExchange.residual_norms = original
-    return len(measured)
+    return measured.call_count
 
 
 @pytest.mark.parametrize("prog_bar", [False, True])
@@ -576,10 +576,6 @@ def _barebones(root: str) -> None:
     run = Trainer(strategy="powersgd", accelerator="cpu", devices=2, barebones=True, max_steps=2)
     run.fit(Classifier(), loader())
     assert not any(isinstance(callback, CompressionMonitor) for callback in run.callbacks)
-
-
-def _log_seldom(root: str) -> None:
-    train(root, log_every_n_steps=4, logger=CSVLogger(root, "csv", version=""), max_epochs=1)
 
 
 def test_metrics_can_be_turned_off(fit):
@@ -765,15 +761,13 @@ def _fail_and_save(root: str) -> str:
                 raise RuntimeError("failed")
 
     run = trainer(root=root, max_epochs=1, callbacks=[Fail(), OnExceptionCheckpoint(root)], enable_checkpointing=True)
-    averaged: list[None] = []
-    original = GradientExchange.average_errors
-    GradientExchange.average_errors = lambda self: averaged.append(None)
-    try:
-        with messages() as said, pytest.raises(RuntimeError, match="failed"):
-            run.fit(Classifier(), loader())
-    finally:
-        GradientExchange.average_errors = original
-    assert not averaged
+    with (
+        mock.patch.object(GradientExchange, "average_errors") as average,
+        messages() as said,
+        pytest.raises(RuntimeError, match="failed"),
+    ):
+        run.fit(Classifier(), loader())
+    average.assert_not_called()
     return "\n".join(said) if dist.get_rank() == 0 else "holds no PowerSGD error buffers"
 
 
@@ -881,6 +875,7 @@ def test_a_model_that_cannot_be_compressed_warns(fit):
 
 
 def _warnings(root: str) -> list[str]:
+    # Warnings alone: `messages` would take an info line for one.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(root, PowerSGDStrategy(min_compression_ratio=1000.0), max_steps=1)
