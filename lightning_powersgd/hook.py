@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_powersgd.linalg import as_matrix, orthonormal, project_rows, reconstruct, residual
+from lightning_powersgd.linalg import as_matrix, decompress, orthonormal, project
 from lightning_powersgd.plan import Group, PowerSGDConfig, Side, Slot
 from lightning_powersgd.state import PowerSGDState, other_side
 
@@ -160,7 +160,7 @@ class GradientExchange:
         self._started = 0
         self._futures = []
         for group in self._groups:
-            group.gradients.clear()
+            group.forget()
 
     def _new_future(self) -> Future[Tensor]:
         device = self.state.device
@@ -182,7 +182,7 @@ class GradientExchange:
             group, slot = self._place[parameter]
             # DDP lays a gradient out in memory as its parameter is (`channels_last`, say), but shows it contiguous.
             layout = parameter if slot.rank else gradient
-            group.gradients[slot.name] = gradient.as_strided(layout.shape, layout.stride())
+            group.take(slot, gradient.as_strided(layout.shape, layout.stride()))
         while self._started < len(self._groups) and self._groups[self._started].complete:
             self._groups[self._started].start()
             if self._started > 0:
@@ -229,14 +229,16 @@ class _GroupExchange:
         self._track_unused = track_unused
         device = exchange.state.device
         flags = len(group.compressed) if track_unused else 0
+        factors_only = replace(group, whole=())
         self._first = _Payload(group, ("left", "right") if self._alternate else ("left",), device, flags)
         # What is sent whole, and the flags, travel in the first payload of a full step; a half step has but one.
-        self._last = self._first if self._alternate else _Payload(replace(group, whole=()), ("right",), device)
+        self._last = self._first if self._alternate else _Payload(factors_only, ("right",), device)
+        # This rank's own part of the last payload, as rounded for the wire, so that the error holds that rounding too.
+        self._own = _Payload(factors_only, ("left", "right") if self._alternate else ("right",), device)
         self._in_flight: tuple[Work, Tensor] | None = None
         self._sent: Side = "right"
-        self._bases: list[Tensor] = []
-        self.gradients: dict[str, Tensor] = {}
-        self.own_factors: list[Tensor] = []
+        self._gradients: dict[Slot, Tensor] = {}
+        self._bases: dict[Slot, Tensor] = {}
         self.finite = torch.ones((), dtype=torch.bool)
 
     @property
@@ -247,44 +249,54 @@ class _GroupExchange:
     @property
     def complete(self) -> bool:
         """Whether the gradients of all of them are there."""
-        return len(self.gradients) == len(self.slots)
+        return len(self._gradients) == len(self.slots)
+
+    @property
+    def own_factors(self) -> list[Tensor]:
+        """The factors that this rank sent in the last payload."""
+        return list(self._own.factors[self._sent].values())
+
+    def take(self, slot: Slot, gradient: Tensor) -> None:
+        """Put a gradient into the first payload: whole, or its projection after adding the error.
+
+        Args:
+            slot: the parameter's.
+            gradient: a view of DDP's bucket, laid out in memory as the parameter is.
+        """
+        self._gradients[slot] = gradient
+        if not slot.rank:
+            self._first.whole[slot].copy_(gradient)
+            return
+        if self._track_unused:
+            self._first.flags[slot].copy_(gradient.any())
+        factor, dtype = self._state.start_factor(slot), self._state.matrix_dtype(slot)
+        self._bases[slot] = orthonormal(factor, dtype) if self._alternate else factor.to(dtype)
+        first_side = other_side(self._state.held)
+        self._project(slot, first_side, self._first, error=self._error(slot) if self._holds_sum(slot) else None)
 
     def start(self) -> None:
-        """Add the errors, and send the first payload: what is sent whole, and P (alternating: the projection)."""
+        """Send the first payload: what is sent whole, and P (alternating: the projection)."""
         held = self._state.held
         self.finite = torch.ones((), dtype=torch.bool, device=self._state.device)
         self._sent = other_side(held) if self._alternate else "right"
-        for slot, view in zip(self._whole, self._first.whole, strict=True):
-            view.copy_(self.gradients[slot.name])
-        if self._track_unused:
-            for slot, flag in zip(self._compressed, self._first.flags, strict=True):
-                flag.copy_(self.gradients[slot.name].any())
-        for slot in self._compressed:
-            self._add_error(slot)
-        factors = [self._state.start_factor(slot) for slot in self._compressed]
-        if self._alternate:
-            self._set_bases(factors)
-            self._project()
-        else:
-            for slot, factor, out in zip(self._compressed, factors, self._first.factors["left"], strict=True):
-                matrix = self._matrix(slot)
-                project_rows(matrix.t(), factor.to(matrix.dtype), out)
         self._send(self._first, other_side(held))
 
     def proceed(self) -> None:
         """Receive the first payload; in a full step, orthonormalise P and send Q."""
         self.receive()
-        for slot, view in zip(self._whole, self._first.whole, strict=True):
-            self.gradients[slot.name].copy_(view)
-        if not self._alternate:
-            self._set_bases(self._first.factors["left"])
-        if self._track_unused:
-            # Without a basis nothing is sent, the gradient is zero, and the error, M itself, stays.
-            flagged = zip(self._bases, self._first.flags, strict=True)
-            self._bases = [basis * (flag > 0) for basis, flag in flagged]
-        if not self._alternate and self._compressed:
-            self._project()
-            self._send(self._last, self._sent)
+        for slot in self._whole:
+            self._gradients[slot].copy_(self._first.whole[slot])
+        for slot in self._compressed:
+            if not self._alternate:
+                # In M's dtype, since a basis never travels and need not be rounded to the wire's.
+                self._bases[slot] = orthonormal(self._first.factors["left"][slot], self._state.matrix_dtype(slot))
+            if self._track_unused:
+                # Without a basis nothing is sent, the gradient is zero, and the error, M itself, stays.
+                self._bases[slot] *= self._first.flags[slot] > 0
+            if not self._alternate:
+                self._project(slot, "right", self._last)
+        if self._compressed and not self._alternate:
+            self._send(self._last, "right")
 
     def receive(self) -> None:
         """Wait for the payload that is on its way, if there is one."""
@@ -300,53 +312,49 @@ class _GroupExchange:
         Args:
             keep: keep the local residual as the error, and the averaged factor as the next warm start.
         """
-        factors = self._last.factors[self._sent]
-        for slot, basis, own, factor in zip(self._compressed, self._bases, self.own_factors, factors, strict=True):
+        for slot in self._compressed:
+            factor = self._last.factors[self._sent][slot]
+            gradient, matrix = as_matrix(self._gradients[slot], slot.order), self._matrix(slot)
+            average = self._left_right(self._bases[slot], factor)
+            own = self._left_right(self._bases[slot], self._own.factors[self._sent][slot])
+            decompress(matrix, average, own, self._error(slot) if keep else None)
+            if not self._holds_sum(slot):
+                gradient.copy_(matrix)
             if keep:
-                self._keep_residual(slot, *self._left_right(basis, own))
                 self._state.keep_factor(slot, self._sent, factor)
-            reconstruct(*self._left_right(basis, factor), out=as_matrix(self.gradients[slot.name], slot.order))
+
+    def forget(self) -> None:
+        """Let go of the step's gradients."""
+        self._gradients.clear()
+        self._bases.clear()
+
+    def _holds_sum(self, slot: Slot) -> bool:
+        """Whether M = g + e is formed in DDP's bucket; a wider error needs a temporary of its dtype."""
+        return self._state.matrix_dtype(slot) == slot.dtype
 
     def _matrix(self, slot: Slot) -> Tensor:
-        """Give M = g + e, (n, m): in DDP's bucket, or where the two dtypes differ in a temporary of the wider one."""
-        gradient, error = as_matrix(self.gradients[slot.name], slot.order), self._state.errors.get(slot.name)
-        if error is None or error.dtype == gradient.dtype:
-            return gradient
-        return gradient + as_matrix(error, slot.order)
+        """Give M, (n, m)."""
+        gradient, error = as_matrix(self._gradients[slot], slot.order), self._error(slot)
+        return gradient if error is None or self._holds_sum(slot) else gradient + error
 
-    def _add_error(self, slot: Slot) -> None:
-        gradient, error = self.gradients[slot.name], self._state.errors.get(slot.name)
-        if error is not None and error.dtype == gradient.dtype:
-            gradient.add_(error)
+    def _error(self, slot: Slot) -> Tensor | None:
+        error = self._state.errors.get(slot.name)
+        return None if error is None else as_matrix(error, slot.order)
 
-    def _keep_residual(self, slot: Slot, left: Tensor, right: Tensor) -> None:
-        if slot.name not in self._state.errors:
-            return
-        matrix, error = self._matrix(slot), as_matrix(self._state.errors[slot.name], slot.order)
-        if error.dtype == matrix.dtype:
-            residual(matrix, left, right, out=error)
+    def _project(self, slot: Slot, side: Side, payload: "_Payload", error: Tensor | None = None) -> None:
+        """Project M onto the basis, into a payload; where an error is given, add it first."""
+        matrix, basis, out = self._matrix(slot), self._bases[slot], payload.factors[side][slot]
+        if side == "right":
+            project(matrix, basis, out, error)
         else:
-            residual(matrix, left, right, out=matrix)
-            error.copy_(matrix)
-
-    def _set_bases(self, factors: list[Tensor]) -> None:
-        # In M's dtype, since a basis never travels and need not be rounded to the wire's.
-        dtypes = [self._state.matrix_dtype(slot) for slot in self._compressed]
-        self._bases = [orthonormal(factor, dtype) for factor, dtype in zip(factors, dtypes, strict=True)]
-
-    def _project(self) -> None:
-        """Project M onto the bases, into the last payload."""
-        factors = self._last.factors[self._sent]
-        for slot, basis, out in zip(self._compressed, self._bases, factors, strict=True):
-            matrix = self._matrix(slot)
-            project_rows(matrix if self._sent == "right" else matrix.t(), basis, out)
-        # As rounded for the wire, so that the error buffer holds that rounding too.
-        self.own_factors = [factor.clone() for factor in factors]
+            project(matrix.t(), basis, out, None if error is None else error.t())
 
     def _left_right(self, basis: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         return (basis, factor) if self._sent == "right" else (factor, basis)
 
     def _send(self, payload: "_Payload", side: Side) -> None:
+        if payload is self._last:
+            self._own.wire[side].copy_(payload.flat_factors[side])
         wire = payload.wire[side].div_(self._exchange.world_size)
         self._in_flight = self._exchange.all_reduce(wire), wire
 
@@ -364,6 +372,7 @@ class _Payload:
         wire: by side, the part of the buffer that is sent.
         whole: gradients that are sent whole, in their shapes.
         flags: scalars.
+        flat_factors: by side, the part of the buffer that holds the factors.
         factors: by side, (r, n) or (r, m).
     """
 
@@ -372,14 +381,16 @@ class _Payload:
         lengths = {side: [slot.rank * slot.length(side) for slot in group.compressed] for side in sides}
         start = sum(whole) + flags
         flat = torch.zeros(start + max(map(sum, lengths.values())), dtype=group.dtype, device=device)
-        self.wire = {side: flat[: start + sum(lengths[side])] for side in sides}
         parts = torch.split(flat[: sum(whole)], whole)
-        self.whole = [part.view(slot.shape) for part, slot in zip(parts, group.whole, strict=True)]
-        self.flags = list(flat[sum(whole) : start])
-        self.factors: dict[Side, list[Tensor]] = {}
+        self.whole = {slot: part.view(slot.shape) for slot, part in zip(group.whole, parts, strict=True)}
+        self.flags = dict(zip(group.compressed, flat[sum(whole) : start], strict=False))
+        self.wire = {side: flat[: start + sum(lengths[side])] for side in sides}
+        self.flat_factors = {side: wire[start:] for side, wire in self.wire.items()}
+        self.factors: dict[Side, dict[Slot, Tensor]] = {}
         for side in sides:
-            parts = torch.split(self.wire[side][start:], lengths[side])
-            self.factors[side] = [part.view(s.rank, -1) for part, s in zip(parts, group.compressed, strict=True)]
+            parts = torch.split(self.flat_factors[side], lengths[side])
+            views = (part.view(slot.rank, -1) for slot, part in zip(group.compressed, parts, strict=True))
+            self.factors[side] = dict(zip(group.compressed, views, strict=True))
 
 
 def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGroup | None = None) -> None:

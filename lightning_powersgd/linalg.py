@@ -9,12 +9,16 @@ Axis letters, here and in the other rooms below the Lightning line:
 A factor is stored **rank first**: the ``P`` of the paper, an (n, r) matrix, is a tensor of shape (r, n) here, and its
 ``Q`` is (r, m). Stored (n, r), the product ``M.T @ P`` runs some twenty times slower on a CPU, since it strides
 through the factor.
+
+`project` and `decompress` are the passes over the big matrices; where they can, they leave the work to `native`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lightning_powersgd import native
 
 # Up to this rank, writing P Qᵀ as one elementwise pass a column is faster on a CPU than a matrix product whose inner
 # dimension is so short.
@@ -112,37 +116,65 @@ def normalize_rows(factor: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(largest > 0, factor / largest, fallback).to(fallback.dtype)
 
 
-def project_rows(matrix: Tensor, basis: Tensor, out: Tensor) -> None:
-    """Write ``out = basis @ matrix``: with the basis P̂ (r, n) and M (n, m) this is the (r, m) form of ``Q = Mᵀ P̂``.
+def project(matrix: Tensor, basis: Tensor, out: Tensor, error: Tensor | None = None) -> None:
+    """Write ``out = basis @ (matrix + error)``, and leave the sum M in the matrix.
 
-    The mirror image, ``P = M Q``, is the same call on the transposed matrix: ``project_rows(M.t(), Q, out)``.
+    With the basis P̂ (r, n) and M (n, m) this is the (r, m) form of ``Q = Mᵀ P̂``. The mirror image, ``P = M Q``, is the
+    same call on transposed matrices.
 
     Args:
-        matrix: (k, l).
+        matrix: the gradient, (k, l), or M itself where there is no error to add; without gaps.
         basis: (r, k), of the matrix's dtype.
         out: (r, l), of any floating dtype.
+        error: (k, l), of the matrix's dtype or a narrower one.
     """
-    if basis.shape[0] == 1 and matrix.is_cpu:
+    library = native.library_for(matrix)
+    if error is not None and not (library and error.dtype == matrix.dtype):
+        matrix.add_(error)
+        error = None
+    product = out if out.dtype == matrix.dtype else torch.empty_like(out, dtype=matrix.dtype)
+    if library:
+        native.project(library, matrix, basis, product, error)
+    elif len(basis) == 1 and matrix.is_cpu:
         # A single row is a matrix-vector product, and BLAS rounds that differently at other memory alignments. DDP
         # moves gradients when it rebuilds its buckets, so a resumed run would drift from an uninterrupted one by the
         # last bit. Matrix-matrix products copy their operands into aligned panels first.
-        out.copy_(torch.mm(torch.cat((basis, torch.zeros_like(basis))), matrix)[:1])
-    elif out.dtype == matrix.dtype:
-        torch.mm(basis, matrix, out=out)
+        product.copy_(torch.mm(torch.cat((basis, torch.zeros_like(basis))), matrix)[:1])
     else:
-        out.copy_(torch.mm(basis, matrix))
+        torch.mm(basis, matrix, out=product)
+    if product is not out:
+        out.copy_(product)
 
 
-def reconstruct(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write ``out = P Qᵀ``, computed in the dtype of `out`.
+def decompress(
+    matrix: Tensor, average: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], error: Tensor | None = None
+) -> None:
+    """Write ``error = M − P Q_wᵀ``, what this rank's own projection left behind, and then ``ĝ = P Qᵀ`` over M.
 
     Args:
-        left: P as (r, n).
-        right: Q as (r, m).
-        out: (n, m).
+        matrix: M, (n, m), without gaps.
+        average: the factors of ĝ, (r, n) and (r, m).
+        own: the factors of this rank's own projection, alike.
+        error: (n, m), of the matrix's dtype or a narrower one.
     """
-    left, right = left.to(out.dtype), right.to(out.dtype)
-    if left.shape[0] <= _OUTER_PRODUCTS_UP_TO:
+    average, own = _in_dtype(matrix, average), _in_dtype(matrix, own)
+    library = native.library_for(matrix)
+    if error is not None and not (library and error.dtype == matrix.dtype):
+        _subtract_product(matrix, *own, out=error)
+        error = None
+    if library:
+        native.decompress(library, matrix, error, average, own)
+    else:
+        _write_product(*average, out=matrix)
+
+
+def _in_dtype(matrix: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    left, right = factors
+    return left.to(matrix.dtype), right.to(matrix.dtype)
+
+
+def _write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    if _by_columns(out, left):
         torch.mul(left[0].unsqueeze(1), right[0], out=out)
         for p, q in zip(left[1:], right[1:], strict=True):
             out.addr_(p, q)
@@ -150,19 +182,18 @@ def reconstruct(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(left.t(), right, out=out)
 
 
-def residual(matrix: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write ``out = M − P Qᵀ``: what the projection left behind.
-
-    Args:
-        matrix: M, (n, m).
-        left: P as (r, n).
-        right: Q as (r, m).
-        out: (n, m), of the matrix's dtype; may be the matrix itself.
-    """
-    left, right = left.to(matrix.dtype), right.to(matrix.dtype)
-    if left.shape[0] <= _OUTER_PRODUCTS_UP_TO:
-        torch.addr(matrix, left[0], right[0], alpha=-1, out=out)
+def _subtract_product(matrix: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write ``out = matrix − P Qᵀ``. Where the dtypes differ the matrix is overwritten too."""
+    rest = out if out.dtype == matrix.dtype else matrix
+    if _by_columns(matrix, left):
+        torch.addr(matrix, left[0], right[0], alpha=-1, out=rest)
         for p, q in zip(left[1:], right[1:], strict=True):
-            out.addr_(p, q, alpha=-1)
+            rest.addr_(p, q, alpha=-1)
     else:
-        torch.addmm(matrix, left.t(), right, alpha=-1, out=out)
+        torch.addmm(matrix, left.t(), right, alpha=-1, out=rest)
+    if rest is not out:
+        out.copy_(rest)
+
+
+def _by_columns(matrix: Tensor, factor: Tensor) -> bool:
+    return matrix.is_cpu and len(factor) <= _OUTER_PRODUCTS_UP_TO
