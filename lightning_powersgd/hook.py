@@ -225,8 +225,8 @@ class _GroupExchange:
         self._exchange = exchange
         self._state = exchange.state
         self._alternate = exchange.state.config.alternate
-        self._whole, self._compressed = group.whole, group.compressed
         self._track_unused = track_unused
+        self.slots = group.slots
         device = exchange.state.device
         flags = len(group.compressed) if track_unused else 0
         factors_only = replace(group, whole=())
@@ -235,21 +235,17 @@ class _GroupExchange:
         self._last = self._first if self._alternate else _Payload(factors_only, ("right",), device)
         # This rank's own part of the last payload, as rounded for the wire, so that the error holds that rounding too.
         self._own = _Payload(factors_only, ("left", "right") if self._alternate else ("right",), device)
+        self._matrices = {slot.name: _Matrix(slot, self._state) for slot in group.compressed}
+        self._whole: dict[str, Tensor] = {}
+        self._taken = 0
         self._in_flight: tuple[Work, Tensor] | None = None
         self._sent: Side = "right"
-        self._gradients: dict[Slot, Tensor] = {}
-        self._bases: dict[Slot, Tensor] = {}
         self.finite = torch.ones((), dtype=torch.bool)
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
-        """The parameters of the group."""
-        return self._whole + self._compressed
-
-    @property
     def complete(self) -> bool:
-        """Whether the gradients of all of them are there."""
-        return len(self._gradients) == len(self.slots)
+        """Whether the gradients of all parameters are there."""
+        return self._taken == len(self.slots)
 
     @property
     def own_factors(self) -> list[Tensor]:
@@ -263,16 +259,18 @@ class _GroupExchange:
             slot: the parameter's.
             gradient: a view of DDP's bucket, laid out in memory as the parameter is.
         """
-        self._gradients[slot] = gradient
+        self._taken += 1
         if not slot.rank:
-            self._first.whole[slot].copy_(gradient)
+            self._whole[slot.name] = gradient
+            self._first.whole[slot.name].copy_(gradient)
             return
         if self._track_unused:
-            self._first.flags[slot].copy_(gradient.any())
-        factor, dtype = self._state.start_factor(slot), self._state.matrix_dtype(slot)
-        self._bases[slot] = orthonormal(factor, dtype) if self._alternate else factor.to(dtype)
-        first_side = other_side(self._state.held)
-        self._project(slot, first_side, self._first, error=self._error(slot) if self._holds_sum(slot) else None)
+            self._first.flags[slot.name].copy_(gradient.any())
+        matrix = self._matrices[slot.name]
+        factor, side = self._state.start_factor(slot), other_side(self._state.held)
+        matrix.basis = orthonormal(factor, matrix.dtype) if self._alternate else factor.to(matrix.dtype)
+        matrix.take(gradient)
+        matrix.project(side, self._first.factors[side][slot.name])
 
     def start(self) -> None:
         """Send the first payload: what is sent whole, and P (alternating: the projection)."""
@@ -284,18 +282,18 @@ class _GroupExchange:
     def proceed(self) -> None:
         """Receive the first payload; in a full step, orthonormalise P and send Q."""
         self.receive()
-        for slot in self._whole:
-            self._gradients[slot].copy_(self._first.whole[slot])
-        for slot in self._compressed:
+        for name, gradient in self._whole.items():
+            gradient.copy_(self._first.whole[name])
+        for name, matrix in self._matrices.items():
             if not self._alternate:
                 # In M's dtype, since a basis never travels and need not be rounded to the wire's.
-                self._bases[slot] = orthonormal(self._first.factors["left"][slot], self._state.matrix_dtype(slot))
+                matrix.basis = orthonormal(self._first.factors["left"][name], matrix.dtype)
             if self._track_unused:
                 # Without a basis nothing is sent, the gradient is zero, and the error, M itself, stays.
-                self._bases[slot] *= self._first.flags[slot] > 0
+                matrix.basis *= self._first.flags[name] > 0
             if not self._alternate:
-                self._project(slot, "right", self._last)
-        if self._compressed and not self._alternate:
+                matrix.project("right", self._last.factors["right"][name])
+        if self._matrices and not self._alternate:
             self._send(self._last, "right")
 
     def receive(self) -> None:
@@ -312,51 +310,86 @@ class _GroupExchange:
         Args:
             keep: keep the local residual as the error, and the averaged factor as the next warm start.
         """
-        for slot in self._compressed:
-            factor = self._last.factors[self._sent][slot]
-            gradient, matrix = as_matrix(self._gradients[slot], slot.order), self._matrix(slot)
-            average = self._left_right(self._bases[slot], factor)
-            own = self._left_right(self._bases[slot], self._own.factors[self._sent][slot])
-            decompress(matrix, average, own, self._error(slot) if keep else None)
-            if not self._holds_sum(slot):
-                gradient.copy_(matrix)
+        own, average = self._own.factors[self._sent], self._last.factors[self._sent]
+        for name, matrix in self._matrices.items():
+            matrix.decompress(self._sent, own[name], average[name], keep=keep)
             if keep:
-                self._state.keep_factor(slot, self._sent, factor)
+                self._state.keep_factor(name, self._sent, average[name])
 
     def forget(self) -> None:
         """Let go of the step's gradients."""
-        self._gradients.clear()
-        self._bases.clear()
-
-    def _holds_sum(self, slot: Slot) -> bool:
-        """Whether M = g + e is formed in DDP's bucket; a wider error needs a temporary of its dtype."""
-        return self._state.matrix_dtype(slot) == slot.dtype
-
-    def _matrix(self, slot: Slot) -> Tensor:
-        """Give M, (n, m)."""
-        gradient, error = as_matrix(self._gradients[slot], slot.order), self._error(slot)
-        return gradient if error is None or self._holds_sum(slot) else gradient + error
-
-    def _error(self, slot: Slot) -> Tensor | None:
-        error = self._state.errors.get(slot.name)
-        return None if error is None else as_matrix(error, slot.order)
-
-    def _project(self, slot: Slot, side: Side, payload: "_Payload", error: Tensor | None = None) -> None:
-        """Project M onto the basis, into a payload; where an error is given, add it first."""
-        matrix, basis, out = self._matrix(slot), self._bases[slot], payload.factors[side][slot]
-        if side == "right":
-            project(matrix, basis, out, error)
-        else:
-            project(matrix.t(), basis, out, None if error is None else error.t())
-
-    def _left_right(self, basis: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        return (basis, factor) if self._sent == "right" else (factor, basis)
+        self._taken = 0
+        self._whole.clear()
+        for matrix in self._matrices.values():
+            matrix.forget()
 
     def _send(self, payload: "_Payload", side: Side) -> None:
         if payload is self._last:
             self._own.wire[side].copy_(payload.flat_factors[side])
         wire = payload.wire[side].div_(self._exchange.world_size)
         self._in_flight = self._exchange.all_reduce(wire), wire
+
+
+class _Matrix:
+    """One compressed parameter in one step: M = g + e, and the basis that it is projected onto.
+
+    M is formed in DDP's bucket, so that it costs no memory. Only an error wider than the gradient needs a temporary of
+    its dtype, formed anew for each use.
+
+    Attributes:
+        dtype: of M: the wider of the gradient's and the error's.
+        basis: orthonormal rows, or the held factor itself in the first half of a full step; of M's dtype.
+    """
+
+    def __init__(self, slot: Slot, state: PowerSGDState) -> None:
+        self._slot = slot
+        self._state = state
+        self.dtype = state.matrix_dtype(slot)
+        self._in_bucket = self.dtype == slot.dtype
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what belongs to one step."""
+        self._gradient = self.basis = torch.empty(0)
+        self._error: Tensor | None = None
+        self._summed = False
+
+    def take(self, gradient: Tensor) -> None:
+        """Take in the gradient, of the parameter's shape and memory layout."""
+        order, error = self._slot.order, self._state.errors.get(self._slot.name)
+        self._gradient = as_matrix(gradient, order)
+        self._error = None if error is None else as_matrix(error, order)
+
+    def project(self, side: Side, out: Tensor) -> None:
+        """Project M onto the basis: the factor of that side, (r, n) or (r, m)."""
+        matrix, error = self._sum()
+        if side == "right":
+            project(matrix, self.basis, out, error)
+        else:
+            project(matrix.t(), self.basis, out, None if error is None else error.t())
+
+    def decompress(self, side: Side, own: Tensor, average: Tensor, *, keep: bool) -> None:
+        """Write the averaged gradient over this rank's, and with `keep` the local residual into the error.
+
+        Args:
+            side: of the factors.
+            own: this rank's projection.
+            average: the mean of the ranks' projections.
+            keep: whether to update the error.
+        """
+        matrix, _ = self._sum()
+        factors = [(self.basis, factor) if side == "right" else (factor, self.basis) for factor in (average, own)]
+        decompress(matrix, factors[0], factors[1], self._error if keep else None)
+        if not self._in_bucket:
+            self._gradient.copy_(matrix)
+
+    def _sum(self) -> tuple[Tensor, Tensor | None]:
+        """Give M, (n, m), or the gradient and the error that is yet to be added to it in its place."""
+        if self._error is not None and not self._in_bucket:
+            return self._gradient + self._error, None
+        pending = None if self._summed else self._error
+        self._summed = True
+        return self._gradient, pending
 
 
 class _Payload:
@@ -370,10 +403,10 @@ class _Payload:
 
     Attributes:
         wire: by side, the part of the buffer that is sent.
-        whole: gradients that are sent whole, in their shapes.
-        flags: scalars.
+        whole: by name, gradients that are sent whole, in their shapes.
+        flags: by name, scalars.
         flat_factors: by side, the part of the buffer that holds the factors.
-        factors: by side, (r, n) or (r, m).
+        factors: by side and name, (r, n) or (r, m).
     """
 
     def __init__(self, group: Group, sides: tuple[Side, ...], device: torch.device, flags: int = 0) -> None:
@@ -382,15 +415,16 @@ class _Payload:
         start = sum(whole) + flags
         flat = torch.zeros(start + max(map(sum, lengths.values())), dtype=group.dtype, device=device)
         parts = torch.split(flat[: sum(whole)], whole)
-        self.whole = {slot: part.view(slot.shape) for slot, part in zip(group.whole, parts, strict=True)}
-        self.flags = dict(zip(group.compressed, flat[sum(whole) : start], strict=False))
+        self.whole = {slot.name: part.view(slot.shape) for slot, part in zip(group.whole, parts, strict=True)}
+        names = [slot.name for slot in group.compressed]
+        self.flags = dict(zip(names, flat[sum(whole) : start], strict=False))
         self.wire = {side: flat[: start + sum(lengths[side])] for side in sides}
         self.flat_factors = {side: wire[start:] for side, wire in self.wire.items()}
-        self.factors: dict[Side, dict[Slot, Tensor]] = {}
+        self.factors: dict[Side, dict[str, Tensor]] = {}
         for side in sides:
             parts = torch.split(self.flat_factors[side], lengths[side])
             views = (part.view(slot.rank, -1) for slot, part in zip(group.compressed, parts, strict=True))
-            self.factors[side] = dict(zip(group.compressed, views, strict=True))
+            self.factors[side] = dict(zip(names, views, strict=True))
 
 
 def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGroup | None = None) -> None:

@@ -100,9 +100,9 @@ class PowerSGDState:
         held = self.factors[slot.name][self.held]
         return held if self.config.warm_start else held.copy_(self.first_factor(slot, self.held))
 
-    def keep_factor(self, slot: Slot, side: Side, factor: Tensor) -> None:
+    def keep_factor(self, name: str, side: Side, factor: Tensor) -> None:
         """Keep an averaged factor as the next warm start."""
-        kept = self.factors[slot.name][side]
+        kept = self.factors[name][side]
         kept.copy_(normalize_rows(factor, fallback=kept))
 
     def matrix_dtype(self, slot: Slot) -> torch.dtype:

@@ -25,6 +25,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_powersgd import native
 from lightning_powersgd.hook import GradientExchange, attach_powersgd, require_agreement
 from lightning_powersgd.metrics import CompressionMonitor
 from lightning_powersgd.plan import PowerSGDConfig, floating_dtype
@@ -312,6 +313,10 @@ class PowerSGDStrategy(DDPStrategy):
         for name in ("find_unused_parameters", "static_graph", "bucket_cap_mb"):
             fingerprint[f"the argument `{name}`"] = repr(self._ddp_kwargs.get(name))
         fingerprint["the argument `checkpoint_error_feedback`"] = repr(self.checkpoint_error_feedback)
+        if self.root_device.type == "cpu":
+            # The averaged gradient is computed on each rank, and compiled code rounds otherwise than PyTorch's.
+            built = "is built" if native.library() else "is not built"
+            fingerprint[f"whether PowerSGD's C code is built, which {native.SWITCH}=0 prevents"] = built
         for name, parameter in self.lightning_module.named_parameters():
             kind = "trainable" if parameter.requires_grad else "frozen"
             fingerprint[f"the parameter {name!r}"] = f"{kind} {tuple(parameter.shape)} {parameter.dtype}"

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_powersgd import native
 from lightning_powersgd.linalg import (
     as_matrix,
+    decompress,
     matrix_order,
     normalize_rows,
     orthonormal,
     permute_columns,
-    project_rows,
-    reconstruct,
-    residual,
+    project,
 )
 
 
@@ -104,43 +104,93 @@ def test_rows_are_scaled_and_rows_of_zeros_give_way():
     assert torch.equal(normalize_rows(factor, fallback), torch.tensor([[0.5, -1.0], [0.5, 1.0], [1.0, 0.0]]))
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (64, 64), (33, 129)])
-def test_products_equal_those_in_float64(shape, rank):
+@pytest.fixture(params=["compiled", "with PyTorch"])
+def arithmetic(request, monkeypatch):
+    """Both ways in which matrices are computed."""
+    if request.param == "with PyTorch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("needs a C compiler")
+
+
+SHAPES = [(1, 7), (7, 1), (4, 16), (64, 64), (33, 129), (130, 515)]
+
+
+@pytest.mark.parametrize("with_error", [False, True], ids=["", "adding an error"])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 8, 32])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("arithmetic")
+def test_projections_equal_those_in_float64(shape, rank, with_error):
     n, m = shape
-    matrix, left, right = randn(n, m), randn(rank, n), randn(rank, m)
-    exact, p, q = matrix.double(), left.double(), right.double()
-
-    projected = torch.empty(rank, m)
-    project_rows(matrix, left, projected)
-    torch.testing.assert_close(projected.double(), p @ exact, rtol=1e-5, atol=1e-4)
-    projected = torch.empty(rank, n)
-    project_rows(matrix.t(), right, projected)
-    torch.testing.assert_close(projected.double(), q @ exact.T, rtol=1e-5, atol=1e-4)
-
-    product = torch.empty(n, m)
-    reconstruct(left, right, product)
-    torch.testing.assert_close(product.double(), p.T @ q, rtol=1e-5, atol=1e-5)
-    rest = torch.empty(n, m)
-    residual(matrix, left, right, out=rest)
-    torch.testing.assert_close(rest.double(), exact - p.T @ q, rtol=1e-5, atol=1e-5)
-    residual(matrix, left, right, out=matrix)
-    assert torch.equal(matrix, rest)
+    gradient, error = randn(n, m), randn(n, m) / 3 if with_error else None
+    exact = gradient.double() + (error.double() if with_error else 0)
+    for side, basis in (("right", randn(rank, n)), ("left", randn(rank, m))):
+        matrix, out = gradient.clone(), torch.full((rank, m if side == "right" else n), torch.nan)
+        if side == "right":
+            project(matrix, basis, out, error)
+            expected = basis.double() @ exact
+        else:
+            project(matrix.t(), basis, out, None if error is None else error.t())
+            expected = basis.double() @ exact.T
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(matrix.double(), exact, rtol=1e-6, atol=1e-6)
 
 
-def test_products_write_into_views_and_other_dtypes():
-    buffer = torch.zeros(100)
-    view = buffer[3:33].view(5, 6)
-    reconstruct(randn(2, 5), randn(2, 6), view)
-    assert buffer[:3].count_nonzero() == buffer[33:].count_nonzero() == 0
-    assert view.count_nonzero() == 30
-    out = torch.empty(2, 6, dtype=torch.bfloat16)
-    project_rows(view, randn(2, 5), out)
-    torch.testing.assert_close(out.float(), randn(2, 5) @ view, rtol=0.01, atol=0.01)
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 8, 32])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("arithmetic")
+def test_decompression_equals_that_in_float64(shape, rank):
+    n, m = shape
+    matrix, left, own, right = randn(n, m), randn(rank, n), randn(rank, m), randn(rank, m + 1)[:, 1:].contiguous()
+    rest = matrix.double() - left.double().T @ own.double()
+    average = left.double().T @ right.double()
+
+    error = torch.full((n, m), torch.nan)
+    decompress(matrix, (left, right), (left, own), error)
+    torch.testing.assert_close(error.double(), rest, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(matrix.double(), average, rtol=1e-5, atol=2e-5)
+
+    decompress(matrix.fill_(torch.nan), (left, right), (left, own))
+    torch.testing.assert_close(matrix.double(), average, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_products_stay_within_their_views_and_take_other_dtypes():
+    buffer, errors = torch.zeros(100), torch.zeros(100)
+    matrix, error = buffer[3:33].view(5, 6), errors[7:37].view(5, 6)
+    factors = (randn(2, 5), randn(2, 6))
+    decompress(matrix, factors, factors, error)
+    for flat, first in ((buffer, 3), (errors, 7)):
+        assert flat[:first].count_nonzero() == flat[first + 30 :].count_nonzero() == 0
+        assert flat.count_nonzero() == 30
+
+    gradient, narrow = randn(5, 6), randn(5, 6).bfloat16()
+    matrix, out = gradient.clone(), torch.empty(2, 6, dtype=torch.bfloat16)
+    project(matrix, factors[0], out, narrow)
+    assert torch.equal(matrix, gradient + narrow)
+    torch.testing.assert_close(out.float(), factors[0] @ matrix, rtol=0.01, atol=0.01)
+    rest = matrix - factors[0].T @ factors[1]
+    decompress(matrix, factors, factors, narrow)
+    torch.testing.assert_close(narrow.float(), rest, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(matrix, factors[0].T @ factors[1])
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.usefixtures("arithmetic")
+def test_what_is_not_finite_shows_in_every_projection(value):
+    for place in ((0, 0), (8, 16), (8, 3)):
+        matrix = randn(9, 17)
+        matrix[place] = value
+        p, q = torch.empty(2, 9), torch.empty(2, 17)
+        project(matrix.t(), randn(2, 17), p)
+        project(matrix, randn(2, 9), q)
+        assert not p[:, place[0]].isfinite().any()
+        assert not q[:, place[1]].isfinite().any()
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("shape", [(10, 33), (64, 64), (48, 100)])
+@pytest.mark.usefixtures("arithmetic")
 def test_projections_do_not_depend_on_the_alignment_of_the_matrix(shape, rank):
     # DDP's buckets put a gradient at another offset after a resume than before.
     n, m = shape
@@ -149,10 +199,13 @@ def test_projections_do_not_depend_on_the_alignment_of_the_matrix(shape, rank):
     for offset in range(17):
         moved = torch.empty(n * m + 32)[offset : offset + n * m].view(n, m).copy_(matrix)
         p, q = torch.empty(rank, n), torch.empty(rank, m)
-        project_rows(moved.t(), right, p)
-        project_rows(moved, left, q)
-        results.append((p, q))
-    assert all(torch.equal(p, results[0][0]) and torch.equal(q, results[0][1]) for p, q in results)
+        project(moved.t(), right, p)
+        project(moved, left, q)
+        error = torch.empty(n, m)
+        decompress(moved, (left, right), (left, right), error)
+        results.append((p, q, error, moved))
+    for result in results:
+        assert all(torch.equal(ours, first) for ours, first in zip(result, results[0], strict=True))
 
 
 def test_a_convolution_in_channels_last_is_seen_as_its_matrix():

@@ -26,7 +26,7 @@ def filled(**config: Any) -> PowerSGDState:
         error.copy_(torch.randn(error.shape, generator=generator))
     for slot in state.plan.compressed:
         for side, factor in state.factors[slot.name].items():
-            state.keep_factor(slot, side, torch.randn(factor.shape, generator=generator))
+            state.keep_factor(slot.name, side, torch.randn(factor.shape, generator=generator))
     state.step, state.total_dense_bytes, state.total_sent_bytes = 7, 100, 10
     return state
 
