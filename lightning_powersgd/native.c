@@ -65,12 +65,12 @@ INLINE float total(vec value) {
  * in registers. */
 
 INLINE void left_rows(const int R, const int T, long n, long m, float *g, const float *e, const float *q, float *p) {
-    vec sums[T][R];
-    float rest[T][R];
+    vec sums[ROWS][CHUNK];
+    float rest[ROWS][CHUNK];
     long j = 0;
     EACH(t, T) EACH(k, R) sums[t][k] = (vec){0}, rest[t][k] = 0;
     for (; j + LANES <= m; j += LANES) {
-        vec x[T];
+        vec x[ROWS];
         EACH(t, T) {
             x[t] = load(g + t * m + j);
             __builtin_prefetch(g + (t + T) * m + j);
@@ -95,7 +95,7 @@ INLINE void right_rows(const int R, const int T, long width, long n, long m, flo
                        float *q) {
     long j = 0;
     for (; j + LANES <= width; j += LANES) {
-        vec sums[R];
+        vec sums[CHUNK];
         EACH(k, R) sums[k] = load(q + k * m + j);
         EACH(t, T) {
             vec x = load(g + t * m + j);
@@ -120,9 +120,9 @@ INLINE void decompress_rows(const int R, const int T, int first, int last, long 
     const float *matrix = first ? g : e;
     long j = 0;
     for (; j + LANES <= m; j += LANES) {
-        vec x[T], y[T];
+        vec x[ROWS], y[ROWS];
         EACH(t, T) {
-            if (e) x[t] = load(matrix + t * m + j);
+            x[t] = e ? load(matrix + t * m + j) : (vec){0};
             y[t] = first ? (vec){0} : load(g + t * m + j);
             __builtin_prefetch(g + (t + T) * m + j);
         }
