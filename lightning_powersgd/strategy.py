@@ -315,8 +315,8 @@ class PowerSGDStrategy(DDPStrategy):
         fingerprint["the argument `checkpoint_error_feedback`"] = repr(self.checkpoint_error_feedback)
         if self.root_device.type == "cpu":
             # The averaged gradient is computed on each rank, and compiled code rounds otherwise than PyTorch's.
-            built = "is built" if native.library() else "is not built"
-            fingerprint[f"whether PowerSGD's C code is built, which {native.SWITCH}=0 prevents"] = built
+            arithmetic = "compiled code" if native.library() else "PyTorch's operations"
+            fingerprint[f"the arithmetic ({native.SWITCH}=0 is PyTorch's everywhere)"] = arithmetic
         for name, parameter in self.lightning_module.named_parameters():
             kind = "trainable" if parameter.requires_grad else "frozen"
             fingerprint[f"the parameter {name!r}"] = f"{kind} {tuple(parameter.shape)} {parameter.dtype}"

@@ -30,7 +30,14 @@ from models import Classifier, loader, replicas_agree, trainer
 from ranks import Ranks, counted_all_reduce
 from torch import Tensor, nn
 
-from lightning_powersgd import CompressionMonitor, GradientExchange, PowerSGDConfig, PowerSGDState, PowerSGDStrategy
+from lightning_powersgd import (
+    CompressionMonitor,
+    GradientExchange,
+    PowerSGDConfig,
+    PowerSGDState,
+    PowerSGDStrategy,
+    native,
+)
 
 
 @pytest.fixture
@@ -841,6 +848,8 @@ BAD_FITS = {
     "a parameter without values": "'extra.weight' is on the meta device",
     "ranks that disagree": "The ranks disagree on the argument `rank`: rank 0 has 1, rank 1 has 2",
     "ranks with other buckets": "The ranks disagree on the argument `bucket_cap_mb`: rank 0 has 25, rank 1 has 1",
+    "ranks with and without compiled code": "LIGHTNING_POWERSGD_NATIVE=0 is PyTorch's everywhere): rank 0 has compiled"
+    " code, rank 1 has PyTorch's operations",
     "ranks with other shapes": "The ranks disagree on the parameter 'net.0.weight'",
     "a sparse embedding": "`sparse=True`",
 }
@@ -863,6 +872,9 @@ def _bad_fit(root: str, case: str) -> None:
         strategy = PowerSGDStrategy(rank=1 + dist.get_rank())
     elif case == "ranks with other buckets":
         strategy = PowerSGDStrategy(bucket_cap_mb=1 if dist.get_rank() else 25)
+    elif case == "ranks with and without compiled code":
+        with mock.patch.object(native, "library", return_value=not dist.get_rank()):
+            trainer(strategy, root=root, max_steps=1).fit(model, loader())
     elif case == "ranks with other shapes":
         model.net[0] = nn.Linear(32 + dist.get_rank(), 48)
     elif case == "a sparse embedding":

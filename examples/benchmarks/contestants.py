@@ -1,0 +1,289 @@
+"""The ways to exchange gradients that are compared, and the measurement of whole training steps with them.
+
+All contestants live in the same processes, each as a DistributedDataParallel around its own replica of the network,
+and take turns: a round is one step of each, in an order that changes from round to round and is the same on all ranks.
+"""
+
+import contextlib
+import copy
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from common import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Spread, paired_difference, paired_ratio, progress_bar
+from models import Network
+from network import LINKS, emulated_network
+from processes import Rank, run_ranks
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from lightning_powersgd import PowerSGDConfig
+
+Family = Literal["no exchange", "all-reduce", "fp16 hook", "bf16 hook", "PyTorch's hook", "full", "alternating"]
+OURS: tuple[Family, ...] = ("full", "alternating")
+POWERSGD: tuple[Family, ...] = ("PyTorch's hook", *OURS)
+
+# Colour, line and marker in plots.
+STYLES: dict[Family, tuple[str, str, str]] = {
+    "no exchange": (BLACK, "-", ""),
+    "all-reduce": (GREY, "--", "D"),
+    "fp16 hook": (GREEN, "-.", ""),
+    "bf16 hook": (PURPLE, ":", ""),
+    "PyTorch's hook": (ORANGE, "--", "s"),
+    "full": (BLUE, "-", "o"),
+    "alternating": (SKY, "-", "^"),
+}
+
+# PyTorch's hook averages exactly in its first two steps, and makes its buffers in the third. DDP rearranges its buckets
+# after the first.
+WARM_UP_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to exchange gradients.
+
+    Args:
+        family: which kind it is.
+        rank: of PowerSGD; 0 for the others.
+        error_dtype: of the error buffers, for this package's.
+    """
+
+    family: Family
+    rank: int = 0
+    error_dtype: torch.dtype | None = None
+
+    @property
+    def family_name(self) -> str:
+        """The family's name in tables."""
+        name = f"PowerSGD {self.family}" if self.family in OURS else self.family
+        return name + (f", {str(self.error_dtype).removeprefix('torch.')} errors" if self.error_dtype else "")
+
+    @property
+    def name(self) -> str:
+        """The name with the rank."""
+        return self.family_name + (f", rank {self.rank}" if self.rank else "")
+
+    def wrap(self, module: nn.Module) -> DistributedDataParallel:
+        """Wrap a replica in DDP, with what averages its gradients attached."""
+        if self.family == "PyTorch's hook":
+            # All gradients in one bucket: with more than one, gloo aborts or hangs, since PyTorch's hook issues
+            # collectives from the callbacks of futures, whose order differs between ranks.
+            size = sum(parameter.nbytes for parameter in module.parameters())
+            ddp = DistributedDataParallel(module, bucket_cap_mb=math.ceil(size / 2**20) + 1)
+            ddp.register_comm_hook(torch_powersgd_state(self.rank), powerSGD_hook.powerSGD_hook)
+            return ddp
+        ddp = DistributedDataParallel(module)
+        if self.family in OURS:
+            # Imports Lightning, which takes seconds; only ranks need it.
+            from lightning_powersgd import attach_powersgd
+
+            attach_powersgd(ddp, self.config())
+        elif self.family == "no exchange":
+            ddp.register_comm_hook(None, _no_exchange)
+        elif self.family == "fp16 hook":
+            ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        elif self.family == "bf16 hook":
+            ddp.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        return ddp
+
+    def config(self) -> "PowerSGDConfig":
+        """Give this package's settings."""
+        from lightning_powersgd import PowerSGDConfig
+
+        return PowerSGDConfig(rank=self.rank, alternate=self.family == "alternating", error_dtype=self.error_dtype)
+
+
+NO_EXCHANGE = Contestant("no exchange")
+ALL_REDUCE = Contestant("all-reduce")
+
+
+def powersgd_contestants(ranks: Sequence[int]) -> list[Contestant]:
+    """Give PyTorch's hook and both ways of this package, at each rank."""
+    return [Contestant(family, rank) for rank in ranks for family in POWERSGD]
+
+
+def torch_powersgd_state(rank: int) -> powerSGD_hook.PowerSGDState:
+    """Make the state of PyTorch's hook: compression from the third step on, the first that it allows."""
+    return powerSGD_hook.PowerSGDState(
+        process_group=None, matrix_approximation_rank=rank, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8
+    )
+
+
+# DDP checks the types of a hook's arguments and result, which is why this file does not postpone annotations.
+def _no_exchange(_: object, bucket: dist.GradBucket) -> Future[Tensor]:
+    """Give the bucket back as it is: the time that no exchange can undercut."""
+    buffer = bucket.buffer()
+    future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+    future.set_result(buffer)
+    return future
+
+
+@dataclass
+class Measurement:
+    """What a run of steps gave.
+
+    Attributes:
+        seconds: of every round's step, by contestant.
+        sent_bytes: handed to all-reduce in a step, by contestant.
+        collectives: all-reduces of a step, by contestant.
+        failures: why a contestant could not be measured.
+        bare_seconds: of a bare all-reduce of some bytes over the same link, several times, by bytes.
+    """
+
+    seconds: dict[Contestant, list[float]] = field(default_factory=dict)
+    sent_bytes: dict[Contestant, float] = field(default_factory=dict)
+    collectives: dict[Contestant, float] = field(default_factory=dict)
+    failures: dict[Contestant, str] = field(default_factory=dict)
+    bare_seconds: dict[int, list[float]] = field(default_factory=dict)
+
+    def added(self, contestant: Contestant) -> float:
+        """Give the seconds that an exchange adds to a step without one: the median of the rounds' differences."""
+        return paired_difference(self.seconds[contestant], self.seconds[NO_EXCHANGE]).median
+
+    def ratio(self, contestant: Contestant, reference: Contestant) -> Spread:
+        """Compare the times of two contestants, round by round."""
+        return paired_ratio(self.seconds[contestant], self.seconds[reference])
+
+
+def run_steps(
+    network: Network,
+    contestants: Sequence[Contestant],
+    *,
+    repeats: int,
+    world_size: int,
+    device: str,
+    link: str,
+    bare_sizes: Sequence[int],
+) -> Measurement:
+    """Measure training steps on ranks in processes of their own, with a progress bar.
+
+    A round counts as long as its slowest rank takes.
+
+    Args:
+        network: what is trained.
+        contestants: what is compared.
+        repeats: rounds.
+        world_size: number of ranks.
+        device: "cpu" or "cuda".
+        link: a key of `network.LINKS`.
+        bare_sizes: bytes of the bare all-reduces that are measured beside.
+
+    Raises:
+        NetworkError: if the link cannot be had.
+    """
+    megabits, place = LINKS[link], f"{link}, {world_size} ranks"
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(progress_bar())
+        task = progress.add_task(place, total=len(contestants) * (1 + repeats) + 1)
+        namespaces = stack.enter_context(emulated_network(world_size)) if megabits else None
+        results: list[Measurement] = run_ranks(
+            _measure_steps,
+            network,
+            contestants,
+            repeats,
+            bare_sizes,
+            world_size=world_size,
+            device=device,
+            on_progress=lambda text: progress.update(task, advance=1, description=f"{place}, {text}"),
+            namespaces=namespaces,
+            megabits=megabits,
+        )
+    slowest = results[0]
+    slowest.seconds = {key: np.max([result.seconds[key] for result in results], 0).tolist() for key in slowest.seconds}
+    slowest.bare_seconds = {
+        size: np.max([result.bare_seconds[size] for result in results], 0).tolist() for size in bare_sizes
+    }
+    return slowest
+
+
+def _measure_steps(
+    rank: Rank, network: Network, contestants: Sequence[Contestant], repeats: int, bare_sizes: Sequence[int]
+) -> Measurement:
+    result = Measurement()
+    original = network.build(rank.device)
+    batches = [network.draw(rank.device, seed=10 * number + rank.number) for number in range(4)]
+    modules = {}
+    for contestant in contestants:
+        rank.report(f"warming up: {contestant.name}")
+        failure = ""
+        try:
+            modules[contestant] = _warmed_up(contestant, _replica(original), batches, result)
+        except (RuntimeError, TypeError) as error:
+            failure = str(error).strip().splitlines()[0]
+        failures = [failure] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+        if any(failures):
+            result.failures[contestant] = next(text for text in failures if text)
+            modules.pop(contestant, None)
+
+    rank.report("measuring the link")
+    rank.limit_link()
+    result.bare_seconds = {size: rank.all_reduce_seconds(size, repeats=7) for size in bare_sizes}
+
+    result.seconds = {contestant: [] for contestant in modules}
+    order = list(modules)
+    shuffled = random.Random(0)
+    for round_ in range(repeats):
+        shuffled.shuffle(order)
+        for contestant in order:
+            rank.report(f"round {round_ + 1}: {contestant.name}")
+            ddp, batch = modules[contestant], batches[round_ % len(batches)]
+            result.seconds[contestant].append(rank.seconds(lambda ddp=ddp, batch=batch: _step(ddp, batch)))
+            ddp.zero_grad()
+    return result
+
+
+def _replica(original: nn.Module) -> nn.Module:
+    """Copy a module, but share the memory of its weights, which nobody changes."""
+    replica = copy.deepcopy(original)
+    for theirs, ours in zip(original.parameters(), replica.parameters(), strict=True):
+        ours.data = theirs.data
+    return replica
+
+
+def _step(ddp: DistributedDataParallel, batch: Tensor) -> None:
+    ddp(batch).square().mean().backward()
+
+
+def _warmed_up(
+    contestant: Contestant, module: nn.Module, batches: Sequence[Tensor], result: Measurement
+) -> DistributedDataParallel:
+    """Make the first steps, and count what is sent in the last two (alternating, the two differ)."""
+    ddp = contestant.wrap(module)
+    for batch in batches[: WARM_UP_STEPS - 2]:
+        _step(ddp, batch)
+        ddp.zero_grad()
+    with _counted_all_reduces() as sent:
+        for batch in batches[-2:]:
+            _step(ddp, batch)
+            ddp.zero_grad()
+    if contestant.family == "all-reduce":  # DDP itself sends whole buckets, without Python
+        sizes = ddp._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+        sent = [int(size) for size in sizes.split(",")] * 2
+    result.sent_bytes[contestant], result.collectives[contestant] = sum(sent) / 2, len(sent) / 2
+    return ddp
+
+
+@contextlib.contextmanager
+def _counted_all_reduces() -> Iterator[list[int]]:
+    """Collect the bytes of each all-reduce that is not DDP's own."""
+    sent: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counting(tensor: Tensor, *args: object, **kwargs: object) -> object:
+        if tensor.nbytes:  # PyTorch's hook sends an empty tensor where nothing travels whole
+            sent.append(tensor.nbytes)
+        return all_reduce(tensor, *args, **kwargs)
+
+    with mock.patch.object(dist, "all_reduce", counting):
+        yield sent

@@ -1,0 +1,230 @@
+"""Ranks in processes of their own, and a process group that needs only one.
+
+`run_ranks` is for what is measured with communication, `pretend_ranks` for what is measured without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from network import INTERFACE, enter, limit_rate
+from torch import Tensor
+from torch._C._distributed_c10d import Work, _create_work_from_future
+from torch.futures import Future
+
+_TIMEOUT = timedelta(minutes=3)
+
+
+class RankError(RuntimeError):
+    """An exception on one of the ranks, or its sudden end."""
+
+
+@dataclass
+class Rank:
+    """What a rank's function learns about its place.
+
+    Attributes:
+        number: of the rank.
+        device: its tensors'.
+        megabits: per second, of the link that it sends over; ``None`` for loopback.
+    """
+
+    number: int
+    device: torch.device
+    megabits: int | None
+    _connection: Connection
+
+    def report(self, message: str) -> None:
+        """Tell the main process how far the work is; rank 0 speaks for all."""
+        if self.number == 0:
+            self._connection.send(("progress", message))
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def limit_link(self) -> None:
+        """Slow the link down to its rate.
+
+        Not from the beginning, since the copies of the model that are sent around when DDP is set up would take longer
+        than the measurement.
+        """
+        if self.megabits is not None:
+            limit_rate(self.megabits)
+        dist.barrier()
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Measure some work that all ranks start together, on this rank."""
+        dist.barrier()
+        self.synchronize()
+        start = time.perf_counter()
+        work()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def all_reduce_seconds(self, count: int, repeats: int) -> list[float]:
+        """Measure a bare all-reduce of so many bytes, after one to warm up."""
+        tensor = torch.zeros(count // 4, device=self.device)
+        return [self.seconds(lambda: dist.all_reduce(tensor)) for _ in range(repeats + 1)][1:]
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    *args: Any,
+    world_size: int,
+    device: str,
+    on_progress: Callable[[str], None],
+    namespaces: list[str] | None = None,
+    megabits: int | None = None,
+) -> list[Any]:
+    """Call ``function(rank, *args)`` in one process a rank, each with a single thread; give the results by rank.
+
+    Args:
+        function: a function of a module, which other processes can import.
+        args: its arguments after the `Rank`.
+        world_size: number of ranks.
+        device: "cpu", or "cuda" for the GPUs in turn: NCCL where there is one for each rank, gloo where they share.
+        on_progress: is called with what rank 0 reports.
+        namespaces: of the emulated network, by rank; ``None`` for loopback.
+        megabits: per second, of the emulated links.
+
+    Raises:
+        RankError: if a rank fails.
+    """
+    # Processes are forked from one that has imported what takes long to import.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_powersgd"])
+    processes, connections = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for number in range(world_size):
+                ours, theirs = context.Pipe()
+                namespace = namespaces[number] if namespaces else None
+                place = (number, world_size, device, str(Path(folder) / "store"), namespace, megabits)
+                process = context.Process(target=_serve, args=(theirs, *place, function, args), daemon=True)
+                process.start()
+                theirs.close()
+                processes.append(process)
+                connections.append(ours)
+            return _collect(connections, on_progress)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(connections: list[Connection], on_progress: Callable[[str], None]) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(connections):
+        for ready in wait([connection for rank, connection in enumerate(connections) if rank not in results]):
+            rank = connections.index(ready)  # type: ignore[arg-type]
+            try:
+                kind, content = connections[rank].recv()
+            except EOFError:
+                raise RankError(
+                    f"Rank {rank} ended without a word; a collective aborts so, or a lack of memory."
+                ) from None
+            if kind == "error":
+                raise RankError(f"Rank {rank} failed:\n{content}")
+            if kind == "progress":
+                on_progress(content)
+            else:
+                results[rank] = content
+    return [results[rank] for rank in range(len(connections))]
+
+
+def _serve(
+    connection: Connection,
+    number: int,
+    world_size: int,
+    device: str,
+    store: str,
+    namespace: str | None,
+    megabits: int | None,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair, which ends this one
+    torch.set_num_threads(1)
+    try:
+        if namespace is not None:
+            enter(namespace)
+            # NCCL would else find out that the ranks share a machine, and leave the network alone.
+            os.environ |= {"GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE, "NCCL_IB_DISABLE": "1"}
+            os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+        backend, place = "gloo", torch.device("cpu")
+        if device == "cuda":
+            place = torch.device("cuda", number % torch.cuda.device_count())
+            torch.cuda.set_device(place)
+            backend = "nccl" if world_size <= torch.cuda.device_count() else "gloo"
+        dist.init_process_group(
+            backend, store=dist.FileStore(store, world_size), rank=number, world_size=world_size, timeout=_TIMEOUT
+        )
+        try:
+            result = function(Rank(number, place, megabits, connection), *args)
+        finally:
+            dist.destroy_process_group()
+        connection.send(("result", result))
+    except Exception:
+        connection.send(("error", traceback.format_exc()))
+
+
+class _InstantGroup(dist.ProcessGroup):
+    """One rank of a group whose others send nothing and take no time."""
+
+    def allreduce(self, tensors: list[Tensor], opts: object = None) -> Work:
+        """Leave the tensors as they are."""
+        return self._done(tensors)
+
+    def broadcast(self, tensors: list[Tensor], opts: object = None) -> Work:
+        """Leave the tensors as they are."""
+        return self._done(tensors)
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None) -> Work:
+        """Give every rank this one's tensors."""
+        for output, tensor in zip(outputs, inputs, strict=True):
+            for copy in output:
+                copy.copy_(tensor)
+        return self._done(outputs)
+
+    def getBackendName(self) -> str:  # noqa: N802
+        """Name the backend."""
+        return "instant"
+
+    @staticmethod
+    def _done(result: list[Any]) -> Work:
+        future: Future[list[Any]] = Future()
+        future.set_result(result)
+        return _create_work_from_future(future)
+
+
+@contextlib.contextmanager
+def pretend_ranks(world_size: int) -> Iterator[None]:
+    """Make this process a rank of a group whose collectives complete at once and change nothing.
+
+    PyTorch has such a group, "fake", but its futures hold nothing, and PyTorch's PowerSGD hook needs what they hold.
+    """
+    if "INSTANT" not in dist.Backend.__dict__:
+        dist.Backend.register_backend(
+            "instant", lambda _, rank, size, __: _InstantGroup(rank, size), devices=["cpu", "cuda"]
+        )
+    dist.init_process_group("instant", store=dist.HashStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
