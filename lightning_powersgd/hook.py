@@ -201,7 +201,7 @@ class GradientExchange:
         for group in self._groups:
             group.receive()
         # Every rank holds the same averages, so all of them judge alike.
-        finite = bool(torch.stack([group.finite for group in self._groups]).all())
+        finite = not torch.stack([group.blemish for group in self._groups]).any()
         for group in self._groups:
             group.finish(keep=finite)
         for future, buffer in self._futures:
@@ -240,7 +240,7 @@ class _GroupExchange:
         self._taken = 0
         self._in_flight: tuple[Work, Tensor] | None = None
         self._sent: Side = "right"
-        self.finite = torch.ones((), dtype=torch.bool)
+        self.blemish = torch.zeros(())
 
     @property
     def complete(self) -> bool:
@@ -275,7 +275,7 @@ class _GroupExchange:
     def start(self) -> None:
         """Send the first payload: what is sent whole, and P (alternating: the projection)."""
         held = self._state.held
-        self.finite = torch.ones((), dtype=torch.bool, device=self._state.device)
+        self.blemish = torch.zeros((), device=self._state.device)
         self._sent = other_side(held) if self._alternate else "right"
         self._send(self._first, other_side(held))
 
@@ -302,7 +302,8 @@ class _GroupExchange:
             work, wire = self._in_flight
             work.wait()
             self._in_flight = None
-            self.finite = self.finite & torch.isfinite(wire).all()
+            # Zero times a number is zero, and times inf or NaN is NaN: an order of magnitude cheaper than `isfinite`.
+            self.blemish += (wire * 0).sum()
 
     def finish(self, *, keep: bool) -> None:
         """Write the averaged gradients ĝ = P̂ Qᵀ.

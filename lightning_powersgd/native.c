@@ -33,9 +33,12 @@ typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 
 /* Ranks above this are computed in chunks of it, while the rows that they share are in the cache. */
 #define CHUNK 4
-/* Rows that are worked on together, so that a load of a factor serves them all. */
+/* Rows that are worked on together from rank CHUNK on, so that a load of a factor serves them all. With fewer ranks there
+ * is little to load, and rows go one by one, since memory is fastest where it is read in a single line. */
 #define ROWS 4
 #define ROWS_SUMMED 8
+/* How far ahead to prefetch: to the next block of rows, or 2 KiB along the row. */
+#define AHEAD(T) ((T) > 1 ? (T) * m : 512)
 /* Columns of one thread's part in project_right are a multiple of this: whole cache lines. */
 #define COLUMNS 64
 
@@ -73,10 +76,10 @@ INLINE void left_rows(const int R, const int T, long n, long m, float *g, const 
         vec x[ROWS];
         EACH(t, T) {
             x[t] = load(g + t * m + j);
-            __builtin_prefetch(g + (t + T) * m + j);
+            __builtin_prefetch(g + t * m + j + AHEAD(T));
             if (e) {
                 store(g + t * m + j, x[t] += load(e + t * m + j));
-                __builtin_prefetch(e + (t + T) * m + j);
+                __builtin_prefetch(e + t * m + j + AHEAD(T));
             }
         }
         EACH(k, R) {
@@ -99,10 +102,10 @@ INLINE void right_rows(const int R, const int T, long width, long n, long m, flo
         EACH(k, R) sums[k] = load(q + k * m + j);
         EACH(t, T) {
             vec x = load(g + t * m + j);
-            __builtin_prefetch(g + (t + T) * m + j);
+            __builtin_prefetch(g + t * m + j + AHEAD(T));
             if (e) {
                 store(g + t * m + j, x += load(e + t * m + j));
-                __builtin_prefetch(e + (t + T) * m + j);
+                __builtin_prefetch(e + t * m + j + AHEAD(T));
             }
             EACH(k, R) sums[k] += x * p[k * n + t];
         }
@@ -124,7 +127,7 @@ INLINE void decompress_rows(const int R, const int T, int first, int last, long 
         EACH(t, T) {
             x[t] = e ? load(matrix + t * m + j) : (vec){0};
             y[t] = first ? (vec){0} : load(g + t * m + j);
-            __builtin_prefetch(g + (t + T) * m + j);
+            __builtin_prefetch(g + t * m + j + AHEAD(T));
         }
         if (e) EACH(k, R) {
             vec right = load(q_own + k * m + j);
@@ -149,15 +152,18 @@ INLINE void decompress_rows(const int R, const int T, int first, int last, long 
     }
 }
 
-/* A rank that a loop is compiled for, of those that are left. */
-INLINE long chunk(long left) { return left >= CHUNK ? CHUNK : left >= 2 ? 2 : 1; }
+/* How many of the ranks that are left a loop takes: a block of rows up to CHUNK of them, a single row up to two. */
+INLINE long of_block(long left) { return left >= CHUNK ? CHUNK : left >= 2 ? 2 : 1; }
+INLINE long of_row(long left) { return left >= 2 ? 2 : 1; }
 
-#define WITH_RANK(rank, loop, ...) \
+#define BLOCK(rank, loop, ...) \
     switch (rank) { \
         case 1: loop(1, __VA_ARGS__); break; \
         case 2: loop(2, __VA_ARGS__); break; \
         default: loop(CHUNK, __VA_ARGS__); \
     }
+#define ROW(rank, loop, ...) \
+    if (rank == 1) loop(1, 1, __VA_ARGS__); else loop(2, 1, __VA_ARGS__);
 
 #define PARALLEL(threads) _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
 
@@ -166,15 +172,17 @@ INLINE long chunk(long left) { return left >= CHUNK ? CHUNK : left >= 2 ? 2 : 1;
 void project_left(int threads, long r, long n, long m, float *g, const float *e, const float *q, float *p) {
     PARALLEL(threads)
     for (long i = 0; i < n; i += ROWS) {
-        if (n - i >= ROWS)
+        if (r >= CHUNK && n - i >= ROWS)
             for (long k = 0, some; k < r; k += some) {
-                some = chunk(r - k);
-                WITH_RANK(some, left_rows, ROWS, n, m, g + i * m, e && !k ? e + i * m : NULL, q + k * m, p + k * n + i)
+                some = of_block(r - k);
+                BLOCK(some, left_rows, ROWS, n, m, g + i * m, e && !k ? e + i * m : NULL, q + k * m, p + k * n + i)
             }
         else
-            for (long row = i; row < n; row++)
-                for (long k = 0; k < r; k++)
-                    left_rows(1, 1, n, m, g + row * m, e && !k ? e + row * m : NULL, q + k * m, p + k * n + row);
+            for (long row = i; row < n && row < i + ROWS; row++)
+                for (long k = 0, some; k < r; k += some) {
+                    some = of_row(r - k);
+                    ROW(some, left_rows, n, m, g + row * m, e && !k ? e + row * m : NULL, q + k * m, p + k * n + row)
+                }
     }
 }
 
@@ -184,16 +192,18 @@ void project_right(int threads, long r, long n, long m, float *g, const float *e
     PARALLEL(threads)
     for (long j = 0; j < m; j += part) {
         long i = 0, width = m - j < part ? m - j : part;
-        for (; i + ROWS_SUMMED <= n; i += ROWS_SUMMED)
+        for (; r >= CHUNK && i + ROWS_SUMMED <= n; i += ROWS_SUMMED)
             for (long k = 0, some; k < r; k += some) {
-                some = chunk(r - k);
-                WITH_RANK(some, right_rows, ROWS_SUMMED, width, n, m, g + i * m + j, e && !k ? e + i * m + j : NULL,
+                some = of_block(r - k);
+                BLOCK(some, right_rows, ROWS_SUMMED, width, n, m, g + i * m + j, e && !k ? e + i * m + j : NULL,
                           p + k * n + i, q + k * m + j)
             }
         for (; i < n; i++)
-            for (long k = 0; k < r; k++)
-                right_rows(1, 1, width, n, m, g + i * m + j, e && !k ? e + i * m + j : NULL, p + k * n + i,
-                           q + k * m + j);
+            for (long k = 0, some; k < r; k += some) {
+                some = of_row(r - k);
+                ROW(some, right_rows, width, n, m, g + i * m + j, e && !k ? e + i * m + j : NULL, p + k * n + i,
+                    q + k * m + j)
+            }
     }
 }
 
@@ -201,17 +211,19 @@ void decompress(int threads, long r, long n, long m, float *g, float *e, const f
                 const float *p_own, const float *q_own) {
     PARALLEL(threads)
     for (long i = 0; i < n; i += ROWS) {
-        if (n - i >= ROWS)
+        if (r >= CHUNK && n - i >= ROWS)
             for (long k = 0, some; k < r; k += some) {
-                some = chunk(r - k);
-                WITH_RANK(some, decompress_rows, ROWS, k == 0, k + some == r, n, m, g + i * m, e ? e + i * m : NULL,
+                some = of_block(r - k);
+                BLOCK(some, decompress_rows, ROWS, k == 0, k + some == r, n, m, g + i * m, e ? e + i * m : NULL,
                           p + k * n + i, q + k * m, p_own + k * n + i, q_own + k * m)
             }
         else
-            for (long row = i; row < n; row++)
-                for (long k = 0; k < r; k++)
-                    decompress_rows(1, 1, k == 0, k == r - 1, n, m, g + row * m, e ? e + row * m : NULL,
-                                    p + k * n + row, q + k * m, p_own + k * n + row, q_own + k * m);
+            for (long row = i; row < n && row < i + ROWS; row++)
+                for (long k = 0, some; k < r; k += some) {
+                    some = of_row(r - k);
+                    ROW(some, decompress_rows, k == 0, k + some == r, n, m, g + row * m, e ? e + row * m : NULL,
+                        p + k * n + row, q + k * m, p_own + k * n + row, q_own + k * m)
+                }
     }
 #if defined __AVX__
     _mm_sfence(); /* What was streamed is seen by every thread that reads it later. */
