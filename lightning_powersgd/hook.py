@@ -4,18 +4,19 @@ Collectives are issued from the thread that calls the hook, in the order of the 
 every rank. (PyTorch's own hook issues them from futures' callbacks, whose order differs between ranks, and so
 deadlocks or aborts with more than one bucket on gloo.)
 
-For groups 0, 1, 2, … a step runs
+For groups 0, 1, 2, … of parameters a step runs
 
-    start 0 │ start 1, proceed 0 │ start 2, proceed 1 │ … │ proceed last │ receive 0, 1, … │ finish 0, 1, …
+    collective     0          1                2                …   last + 1
+    carries        P of 0     P of 1, Q of 0   P of 2, Q of 1   …   Q of last
 
-where *start* projects the group's gradients and sends P with everything that is sent whole, *proceed* orthonormalises
-P and sends Q, and *finish* updates the error buffers and writes the averaged gradients into DDP's buckets. When
-alternating, *start* sends the one factor and *proceed* sends nothing. Nothing that outlives the step is changed before
-all of it was received and found finite.
+The gradients of a group are projected as they come. When the group is complete, *proceed* receives the collective
+before and orthonormalises what the group before has of it, whose Q then travels with this group's P and with everything
+that is sent whole: G groups take G + 1 collectives. When alternating, there is but one factor to send, and G suffice.
+After the last one *finish* updates the error buffers and writes the averaged gradients into DDP's buckets. Nothing that
+outlives the step is changed before all of it was received and found finite.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,6 +70,9 @@ def attach_powersgd(ddp: DistributedDataParallel, config: PowerSGDConfig) -> "Gr
     return exchange
 
 
+_SIDES: tuple[Side, Side] = ("left", "right")
+
+
 # DDP checks the types of a hook's arguments and result, which is why this file does not postpone annotations.
 def powersgd_hook(exchange: "GradientExchange", bucket: GradBucket) -> Future[Tensor]:
     """The communication hook in DDP's form: the exchange is the state that DDP hands back on every call."""
@@ -92,7 +96,8 @@ class GradientExchange:
         self.process_group = process_group
         self.world_size = dist.get_world_size(process_group)
         self._device = state.device
-        self._groups = [_GroupExchange(self, group, track_unused) for group in state.plan.groups]
+        self._wires: list[_Wire] = []
+        self._groups = self._make_groups(track_unused)
         self._place = {state.parameters[slot.name]: (group, slot) for group in self._groups for slot in group.slots}
         self._futures: list[tuple[Future[Tensor], Tensor]] = []
         self._started = 0
@@ -147,8 +152,20 @@ class GradientExchange:
 
     def retire(self) -> None:
         """Let go of the accelerator's memory when a fit ends; the state stays, on the CPU, for a last checkpoint."""
-        self._groups, self._place = [], {}
+        self._groups, self._wires, self._place = [], [], {}
         self.state.to(torch.device("cpu"))
+
+    def new_wire(self, length: int, dtype: torch.dtype) -> "_Wire":
+        """Make the buffer of one collective of a step."""
+        self._wires.append(_Wire(self, length, dtype))
+        return self._wires[-1]
+
+    def _make_groups(self, track_unused: bool) -> list["_GroupExchange"]:
+        groups: list[_GroupExchange] = []
+        for group in self.state.plan.groups:
+            groups.append(_GroupExchange(self, group, track_unused, passenger=groups[-1] if groups else None))
+        groups[-1].lay_out_last()
+        return groups
 
     def _begin_step(self) -> None:
         self.state.dense_bytes = self.state.sent_bytes = 0
@@ -184,9 +201,9 @@ class GradientExchange:
             layout = parameter if slot.rank else gradient
             group.take(slot, gradient.as_strided(layout.shape, layout.stride()))
         while self._started < len(self._groups) and self._groups[self._started].complete:
-            self._groups[self._started].start()
             if self._started > 0:
                 self._groups[self._started - 1].proceed()
+            self._groups[self._started].start()
             self._started += 1
         future = self._new_future()
         self._futures.append((future, bucket.buffer()))
@@ -198,10 +215,10 @@ class GradientExchange:
         """Write the averaged gradients; keep errors and factors as they were if any payload was not finite."""
         assert self._started == len(self._groups), "DDP's buckets left out a trainable parameter"
         self._groups[-1].proceed()
-        for group in self._groups:
-            group.receive()
+        for wire in self._wires:
+            wire.receive()
         # Every rank holds the same averages, so all of them judge alike.
-        finite = not torch.stack([group.blemish for group in self._groups]).any()
+        finite = not torch.stack([wire.blemish for wire in self._wires]).any()
         for group in self._groups:
             group.finish(keep=finite)
         for future, buffer in self._futures:
@@ -221,26 +238,60 @@ class _GroupExchange:
     reconstruct the gradient from.
     """
 
-    def __init__(self, exchange: GradientExchange, group: Group, track_unused: bool) -> None:
+    def __init__(
+        self, exchange: GradientExchange, group: Group, track_unused: bool, passenger: "_GroupExchange | None"
+    ) -> None:
         self._exchange = exchange
         self._state = exchange.state
         self._alternate = exchange.state.config.alternate
         self._track_unused = track_unused
-        self.slots = group.slots
-        device = exchange.state.device
-        flags = len(group.compressed) if track_unused else 0
-        factors_only = replace(group, whole=())
-        self._first = _Payload(group, ("left", "right") if self._alternate else ("left",), device, flags)
-        # What is sent whole, and the flags, travel in the first payload of a full step; a half step has but one.
-        self._last = self._first if self._alternate else _Payload(factors_only, ("right",), device)
-        # This rank's own part of the last payload, as rounded for the wire, so that the error holds that rounding too.
-        self._own = _Payload(factors_only, ("left", "right") if self._alternate else ("right",), device)
+        self.slots, self._compressed, self._dtype = group.slots, group.compressed, group.dtype
         self._matrices = {slot.name: _Matrix(slot, self._state) for slot in group.compressed}
+
+        # The first collective: [what is sent whole | flags, positive where any rank used a parameter | P | passenger].
+        # When alternating there is no other, and it takes either factor.
+        whole = [slot.numel for slot in group.whole]
+        flags = len(group.compressed) if track_unused else 0
+        sides: tuple[Side, ...] = ("left", "right") if self._alternate else ("left",)
+        self._lengths = {side: sum(slot.rank * slot.length(side) for slot in group.compressed) for side in _SIDES}
+        self._start = sum(whole) + flags
+        factors = max(self._lengths[side] for side in sides)
+        room = passenger.last_length if passenger is not None and passenger.dtype == group.dtype else 0
+        self._wire = exchange.new_wire(self._start + factors + room, group.dtype)
+        parts = torch.split(self._wire.flat[: sum(whole)], whole)
+        self._first_whole = {slot.name: part.view(slot.shape) for slot, part in zip(group.whole, parts, strict=True)}
+        self._flags = dict(zip(self._matrices, self._wire.flat[sum(whole) : self._start], strict=False))
+        self._first = {side: self._factors(self._wire.flat[self._start :], side) for side in sides}
+        if passenger is not None:
+            passenger.lay_out_last(self._wire.flat[self._start + factors :] if room else None)
+
+        # This rank's own part of the last factors, as rounded for the wire, so that the error holds that rounding too.
+        self._own_flat = torch.zeros(max(self._lengths.values()), dtype=group.dtype, device=self._state.device)
+        self._own = {side: self._factors(self._own_flat, side) for side in _SIDES}
+        self._last, self._last_flat = self._first, self._wire.flat[self._start :]
+        self._last_wire: _Wire | None = None
         self._whole: dict[str, Tensor] = {}
         self._taken = 0
-        self._in_flight: tuple[Work, Tensor] | None = None
         self._sent: Side = "right"
-        self.blemish = torch.zeros(())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype on the wire."""
+        return self._dtype
+
+    @property
+    def last_length(self) -> int:
+        """Elements of Q, which follow in the next collective; none when alternating."""
+        return 0 if self._alternate else self._lengths["right"]
+
+    def lay_out_last(self, flat: Tensor | None = None) -> None:
+        """Lay out Q in a part of the next group's collective, or else in one of its own."""
+        if self._alternate:
+            return
+        if flat is None:
+            self._last_wire = self._exchange.new_wire(self.last_length, self._dtype)
+            flat = self._last_wire.flat
+        self._last, self._last_flat = {"right": self._factors(flat, "right")}, flat
 
     @property
     def complete(self) -> bool:
@@ -250,7 +301,7 @@ class _GroupExchange:
     @property
     def own_factors(self) -> list[Tensor]:
         """The factors that this rank sent in the last payload."""
-        return list(self._own.factors[self._sent].values())
+        return list(self._own[self._sent].values())
 
     def take(self, slot: Slot, gradient: Tensor) -> None:
         """Put a gradient into the first payload: whole, or its projection after adding the error.
@@ -262,48 +313,43 @@ class _GroupExchange:
         self._taken += 1
         if not slot.rank:
             self._whole[slot.name] = gradient
-            self._first.whole[slot.name].copy_(gradient)
+            self._first_whole[slot.name].copy_(gradient)
             return
         if self._track_unused:
-            self._first.flags[slot.name].copy_(gradient.any())
+            self._flags[slot.name].copy_(gradient.any())
         matrix = self._matrices[slot.name]
         factor, side = self._state.start_factor(slot), other_side(self._state.held)
         matrix.basis = orthonormal(factor, matrix.dtype) if self._alternate else factor.to(matrix.dtype)
         matrix.take(gradient)
-        matrix.project(side, self._first.factors[side][slot.name])
+        matrix.project(side, self._first[side][slot.name])
 
     def start(self) -> None:
-        """Send the first payload: what is sent whole, and P (alternating: the projection)."""
-        held = self._state.held
-        self.blemish = torch.zeros((), device=self._state.device)
-        self._sent = other_side(held) if self._alternate else "right"
-        self._send(self._first, other_side(held))
+        """Send the first collective: what is sent whole, and P (alternating: the projection)."""
+        if self._alternate:
+            self._sent = other_side(self._state.held)
+            self._keep_own()
+            self._wire.send(self._start + self._lengths[self._sent])
+        else:
+            self._wire.send()
 
     def proceed(self) -> None:
-        """Receive the first payload; in a full step, orthonormalise P and send Q."""
-        self.receive()
+        """Receive the first collective; in a full step, orthonormalise P and compute Q."""
+        self._wire.receive()
         for name, gradient in self._whole.items():
-            gradient.copy_(self._first.whole[name])
+            gradient.copy_(self._first_whole[name])
         for name, matrix in self._matrices.items():
             if not self._alternate:
                 # In M's dtype, since a basis never travels and need not be rounded to the wire's.
-                matrix.basis = orthonormal(self._first.factors["left"][name], matrix.dtype)
+                matrix.basis = orthonormal(self._first["left"][name], matrix.dtype)
             if self._track_unused:
                 # Without a basis nothing is sent, the gradient is zero, and the error, M itself, stays.
-                matrix.basis *= self._first.flags[name] > 0
+                matrix.basis *= self._flags[name] > 0
             if not self._alternate:
-                matrix.project("right", self._last.factors["right"][name])
-        if self._matrices and not self._alternate:
-            self._send(self._last, "right")
-
-    def receive(self) -> None:
-        """Wait for the payload that is on its way, if there is one."""
-        if self._in_flight is not None:
-            work, wire = self._in_flight
-            work.wait()
-            self._in_flight = None
-            # Zero times a number is zero, and times inf or NaN is NaN: an order of magnitude cheaper than `isfinite`.
-            self.blemish += (wire * 0).sum()
+                matrix.project("right", self._last["right"][name])
+        if not self._alternate:
+            self._keep_own()
+            if self._last_wire is not None:
+                self._last_wire.send()
 
     def finish(self, *, keep: bool) -> None:
         """Write the averaged gradients ĝ = P̂ Qᵀ.
@@ -311,7 +357,7 @@ class _GroupExchange:
         Args:
             keep: keep the local residual as the error, and the averaged factor as the next warm start.
         """
-        own, average = self._own.factors[self._sent], self._last.factors[self._sent]
+        own, average = self._own[self._sent], self._last[self._sent]
         for name, matrix in self._matrices.items():
             matrix.decompress(self._sent, own[name], average[name], keep=keep)
             if keep:
@@ -324,11 +370,15 @@ class _GroupExchange:
         for matrix in self._matrices.values():
             matrix.forget()
 
-    def _send(self, payload: "_Payload", side: Side) -> None:
-        if payload is self._last:
-            self._own.wire[side].copy_(payload.flat_factors[side])
-        wire = payload.wire[side].div_(self._exchange.world_size)
-        self._in_flight = self._exchange.all_reduce(wire), wire
+    def _keep_own(self) -> None:
+        length = self._lengths[self._sent]
+        self._own_flat[:length].copy_(self._last_flat[:length])
+
+    def _factors(self, flat: Tensor, side: Side) -> dict[str, Tensor]:
+        """View the beginning of a flat tensor as factors by name, (r, n) or (r, m)."""
+        lengths = [slot.rank * slot.length(side) for slot in self._compressed]
+        parts = torch.split(flat[: sum(lengths)], lengths)
+        return {slot.name: part.view(slot.rank, -1) for slot, part in zip(self._compressed, parts, strict=True)}
 
 
 class _Matrix:
@@ -393,39 +443,34 @@ class _Matrix:
         return self._gradient, pending
 
 
-class _Payload:
-    """A flat buffer that is all-reduced as it lies in memory, and views of its parts.
-
-    Args:
-        group: what lies in it.
-        sides: of the factors that it can hold, one at a time, in the same memory.
-        device: of the buffer.
-        flags: number of flags, one a compressed parameter: positive where any rank used the parameter.
+class _Wire:
+    """One collective of a step: a flat buffer that is averaged over the ranks as it lies in memory.
 
     Attributes:
-        wire: by side, the part of the buffer that is sent.
-        whole: by name, gradients that are sent whole, in their shapes.
-        flags: by name, scalars.
-        flat_factors: by side, the part of the buffer that holds the factors.
-        factors: by side and name, (r, n) or (r, m).
+        flat: the buffer.
+        blemish: zero if all that was received is finite, else NaN.
     """
 
-    def __init__(self, group: Group, sides: tuple[Side, ...], device: torch.device, flags: int = 0) -> None:
-        whole = [slot.numel for slot in group.whole]
-        lengths = {side: [slot.rank * slot.length(side) for slot in group.compressed] for side in sides}
-        start = sum(whole) + flags
-        flat = torch.zeros(start + max(map(sum, lengths.values())), dtype=group.dtype, device=device)
-        parts = torch.split(flat[: sum(whole)], whole)
-        self.whole = {slot.name: part.view(slot.shape) for slot, part in zip(group.whole, parts, strict=True)}
-        names = [slot.name for slot in group.compressed]
-        self.flags = dict(zip(names, flat[sum(whole) : start], strict=False))
-        self.wire = {side: flat[: start + sum(lengths[side])] for side in sides}
-        self.flat_factors = {side: wire[start:] for side, wire in self.wire.items()}
-        self.factors: dict[Side, dict[str, Tensor]] = {}
-        for side in sides:
-            parts = torch.split(self.flat_factors[side], lengths[side])
-            views = (part.view(slot.rank, -1) for slot, part in zip(group.compressed, parts, strict=True))
-            self.factors[side] = dict(zip(names, views, strict=True))
+    def __init__(self, exchange: GradientExchange, length: int, dtype: torch.dtype) -> None:
+        self._exchange = exchange
+        self._in_flight: tuple[Work, Tensor] | None = None
+        self.flat = torch.zeros(length, dtype=dtype, device=exchange.state.device)
+        self.blemish = torch.zeros((), device=exchange.state.device)
+
+    def send(self, length: int | None = None) -> None:
+        """Start the all-reduce of the buffer, or of its beginning; an empty one is left out."""
+        part = self.flat[:length].div_(self._exchange.world_size)
+        if part.numel():
+            self._in_flight = self._exchange.all_reduce(part), part
+
+    def receive(self) -> None:
+        """Wait for what is on its way, if it has not been received yet."""
+        if self._in_flight is not None:
+            work, part = self._in_flight
+            work.wait()
+            self._in_flight = None
+            # Zero times a number is zero, and times inf or NaN is NaN: an order of magnitude cheaper than `isfinite`.
+            self.blemish = (part * 0).sum()
 
 
 def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGroup | None = None) -> None:
