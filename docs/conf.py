@@ -12,4 +12,4 @@ myst_heading_anchors = 2
 html_theme = "furo"
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "benchmarks"]  # the latter are parts of pages

@@ -9,11 +9,11 @@ For groups 0, 1, 2, … of parameters a step runs
     collective     0          1                2                …   last + 1
     carries        P of 0     P of 1, Q of 0   P of 2, Q of 1   …   Q of last
 
-The gradients of a group are projected as they come. When the group is complete, *proceed* receives the collective
-before and orthonormalises what the group before has of it, whose Q then travels with this group's P and with everything
-that is sent whole: G groups take G + 1 collectives. When alternating, there is but one factor to send, and G suffice.
-After the last one *finish* updates the error buffers and writes the averaged gradients into DDP's buckets. Nothing that
-outlives the step is changed before all of it was received and found finite.
+The gradients of a group are projected as they come (*take*). When all are there, the group before receives its own
+collective and orthonormalises its P (*proceed*), and its Q travels with this group's P and with everything that is sent
+whole (*start*): G groups take G + 1 collectives. When alternating, there is but one factor to send, and G suffice. At
+the end of the step *finish* updates the error buffers and writes the averaged gradients into DDP's buckets. Nothing
+that outlives the step is changed before all of it was received and found finite.
 """
 
 from collections.abc import Mapping

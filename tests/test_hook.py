@@ -173,6 +173,12 @@ def test_many_buckets_are_many_groups(two_ranks):
     assert two_ranks.run(train, steps=1)[0]["groups"] == 1
 
 
+@pytest.mark.parametrize(("alternate", "collectives"), [(False, 9), (True, 8)])
+def test_eight_groups_take_one_collective_each_and_one_for_the_last(two_ranks, alternate, collectives):
+    result = two_ranks.run(train, steps=2, bucket_cap_mb=1e-6, alternate=alternate)[0]
+    assert [calls for _, _, calls in result["sent"]] == [collectives] * 2
+
+
 @pytest.mark.parametrize(("alternate", "collectives"), [(False, 2), (True, 1)])
 def test_bytes_are_those_that_enter_all_reduce(two_ranks, alternate, collectives):
     result = two_ranks.run(train, steps=6, alternate=alternate, start_step=2)[0]
