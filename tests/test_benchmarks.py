@@ -128,7 +128,7 @@ def test_the_ring_model_finds_its_constants():
 
 
 def test_the_networks_have_their_sizes():
-    from models import NETWORKS
+    from workloads import NETWORKS
 
     parameters = {name: network.gradient_bytes // 4 for name, network in NETWORKS.items()}
     assert 18e6 < parameters["transformer"] < 19e6

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from common import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Spread, paired_difference, paired_ratio, progress_bar
-from models import Network
 from network import LINKS, emulated_network
 from processes import Rank, run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from workloads import Network
 
 if TYPE_CHECKING:
     from lightning_powersgd import PowerSGDConfig

@@ -24,9 +24,9 @@ import torch
 from common import ResultTable, format_bytes, positive
 from contestants import ALL_REDUCE, STYLES, WARM_UP_STEPS, Contestant, powersgd_contestants
 from matplotlib.figure import Figure
-from models import NETWORKS, Network
 from processes import pretend_ranks
 from torch import nn
+from workloads import NETWORKS, Network
 
 
 @dataclass

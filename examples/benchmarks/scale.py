@@ -41,8 +41,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
-from models import NETWORKS, Network, transformer_of
 from network import LINKS, NetworkError
+from workloads import NETWORKS, Network, transformer_of
 
 BARE_SIZES = [2**power for power in (10, 14, 18, 20, 22, 24, 26)]
 _LINES = {"-": "measured", "--": "model"}

@@ -29,8 +29,8 @@ from contestants import (
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from models import NETWORKS
 from network import LINKS, NetworkError
+from workloads import NETWORKS
 
 # Rounds by link: a step of plain DDP takes many seconds over a slow one.
 REPEATS = {"loopback": 30, "10gbit": 30, "1gbit": 12, "100mbit": 4}
