@@ -70,9 +70,6 @@ def attach_powersgd(ddp: DistributedDataParallel, config: PowerSGDConfig) -> "Gr
     return exchange
 
 
-_SIDES: tuple[Side, Side] = ("left", "right")
-
-
 # DDP checks the types of a hook's arguments and result, which is why this file does not postpone annotations.
 def powersgd_hook(exchange: "GradientExchange", bucket: GradBucket) -> Future[Tensor]:
     """The communication hook in DDP's form: the exchange is the state that DDP hands back on every call."""
@@ -245,39 +242,36 @@ class _GroupExchange:
         self._state = exchange.state
         self._alternate = exchange.state.config.alternate
         self._track_unused = track_unused
-        self.slots, self._compressed, self._dtype = group.slots, group.compressed, group.dtype
+        self.slots, self._compressed, self.dtype = group.slots, group.compressed, group.dtype
         self._matrices = {slot.name: _Matrix(slot, self._state) for slot in group.compressed}
 
         # The first collective: [what is sent whole | flags, positive where any rank used a parameter | P | passenger].
         # When alternating there is no other, and it takes either factor.
         whole = [slot.numel for slot in group.whole]
         flags = len(group.compressed) if track_unused else 0
-        sides: tuple[Side, ...] = ("left", "right") if self._alternate else ("left",)
-        self._lengths = {side: sum(slot.rank * slot.length(side) for slot in group.compressed) for side in _SIDES}
+        both: tuple[Side, Side] = ("left", "right")
+        self._lengths = {side: sum(slot.rank * slot.length(side) for slot in group.compressed) for side in both}
         self._start = sum(whole) + flags
-        factors = max(self._lengths[side] for side in sides)
+        first_sides, last_sides = (both, both) if self._alternate else (both[:1], both[1:])
+        factors = max(self._lengths[side] for side in first_sides)
         room = passenger.last_length if passenger is not None and passenger.dtype == group.dtype else 0
         self._wire = exchange.new_wire(self._start + factors + room, group.dtype)
         parts = torch.split(self._wire.flat[: sum(whole)], whole)
         self._first_whole = {slot.name: part.view(slot.shape) for slot, part in zip(group.whole, parts, strict=True)}
         self._flags = dict(zip(self._matrices, self._wire.flat[sum(whole) : self._start], strict=False))
-        self._first = {side: self._factors(self._wire.flat[self._start :], side) for side in sides}
+        self._first = {side: self._factors(self._wire.flat[self._start :], side) for side in first_sides}
         if passenger is not None:
             passenger.lay_out_last(self._wire.flat[self._start + factors :] if room else None)
 
         # This rank's own part of the last factors, as rounded for the wire, so that the error holds that rounding too.
-        self._own_flat = torch.zeros(max(self._lengths.values()), dtype=group.dtype, device=self._state.device)
-        self._own = {side: self._factors(self._own_flat, side) for side in _SIDES}
+        own_length = max(self._lengths[side] for side in last_sides)
+        self._own_flat = torch.zeros(own_length, dtype=group.dtype, device=self._state.device)
+        self._own = {side: self._factors(self._own_flat, side) for side in last_sides}
         self._last, self._last_flat = self._first, self._wire.flat[self._start :]
         self._last_wire: _Wire | None = None
         self._whole: dict[str, Tensor] = {}
         self._taken = 0
         self._sent: Side = "right"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype on the wire."""
-        return self._dtype
 
     @property
     def last_length(self) -> int:
@@ -289,7 +283,7 @@ class _GroupExchange:
         if self._alternate:
             return
         if flat is None:
-            self._last_wire = self._exchange.new_wire(self.last_length, self._dtype)
+            self._last_wire = self._exchange.new_wire(self.last_length, self.dtype)
             flat = self._last_wire.flat
         self._last, self._last_flat = {"right": self._factors(flat, "right")}, flat
 

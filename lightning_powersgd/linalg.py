@@ -163,7 +163,7 @@ def decompress(
         _subtract_product(matrix, *own, out=error)
         error = None
     if library:
-        native.decompress(library, matrix, error, average, own)
+        native.decompress(library, matrix, average, own, error)
     else:
         _write_product(*average, out=matrix)
 

@@ -68,19 +68,16 @@ def library() -> ctypes.CDLL | None:
 def _build(target: Path) -> None:
     source = Path(__file__).with_suffix(".c")
     compiler = shlex.split(os.environ.get("CC", "cc"))
-    for position, optimisations in enumerate(_OPTIMISATIONS, start=1):
+    for optimisations in _OPTIMISATIONS:
         command = [*compiler, "-O2", "-fPIC", "-shared", *optimisations, "-o", str(target), str(source)]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-        except subprocess.CalledProcessError:
-            if position == len(_OPTIMISATIONS):
-                raise
-        else:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        if done.returncode == 0:
             return
+    done.check_returncode()
 
 
 def library_for(matrix: Tensor) -> ctypes.CDLL | None:
-    """Give the library if it can work on a matrix: float32, on a CPU, rows or columns without gaps."""
+    """Give the library if it can work on a matrix: float32, on a CPU."""
     return library() if matrix.is_cpu and matrix.dtype == torch.float32 else None
 
 
@@ -95,9 +92,9 @@ def project(native: ctypes.CDLL, matrix: Tensor, basis: Tensor, out: Tensor, err
 def decompress(
     native: ctypes.CDLL,
     matrix: Tensor,
-    error: Tensor | None,
     average: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
+    error: Tensor | None,
 ) -> None:
     """Do what `linalg.decompress` does. All tensors are float32."""
     n, m = matrix.shape
