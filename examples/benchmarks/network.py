@@ -17,12 +17,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import TypeVar
 
 INTERFACE = "eth0"
 # Mbit/s by the name of the link. Loopback is as fast as the machine.
 LINKS: dict[str, int | None] = {"loopback": None, "100mbit": 100, "1gbit": 1_000, "10gbit": 10_000}
+
+T = TypeVar("T")
 
 # Debian keeps `ip` and `tc` where an ordinary user's path does not lead.
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -31,6 +34,34 @@ _CLONE_NEWNET = 0x40000000
 
 class NetworkError(RuntimeError):
     """An emulated link cannot be had here; the message says what it would need."""
+
+
+def over_links(links: Sequence[str], measure: Callable[[str], T]) -> tuple[dict[str, T], list[str]]:
+    """Measure over each link that can be had.
+
+    Args:
+        links: their names.
+        measure: what to do over a link.
+
+    Returns:
+        The results by link, and a remark on each that was skipped.
+
+    Raises:
+        SystemExit: if none can be had.
+    """
+
+    def attempt(link: str) -> T | NetworkError:
+        try:
+            return measure(link)
+        except NetworkError as error:
+            return error
+
+    outcomes = {link: attempt(link) for link in links}
+    results = {link: outcome for link, outcome in outcomes.items() if not isinstance(outcome, NetworkError)}
+    remarks = [f"Skipped the link {link}. {outcome}" for link, outcome in outcomes.items() if link not in results]
+    if not results:
+        raise SystemExit("\n".join(["No link could be measured.", *remarks]))
+    return results, remarks
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
-from network import LINKS, NetworkError
+from network import LINKS, over_links
 from workloads import NETWORKS, Network, transformer_of
 
 BARE_SIZES = [2**power for power in (10, 14, 18, 20, 22, 24, 26)]
@@ -311,16 +311,13 @@ def main() -> None:
 
     contestants = [NO_EXCHANGE, ALL_REDUCE, *powersgd_contestants([arguments.rank])]
     network = NETWORKS[arguments.model]
-    results: list[LinkResult] = []
-    remarks: list[str] = []
-    for link in arguments.link:
+
+    def measure_link(link: str) -> LinkResult:
         world_sizes = arguments.world_sizes if LINKS[link] is None else with_cores(arguments.world_sizes)
-        try:
-            results.append(measure(network, contestants, arguments, link, world_sizes))
-        except NetworkError as error:
-            remarks.append(f"Skipped the link {link}. {error}")
-    if not results:
-        raise SystemExit("\n".join(["No link could be measured.", *remarks]))
+        return measure(network, contestants, arguments, link, world_sizes)
+
+    by_link, remarks = over_links(arguments.link, measure_link)
+    results = list(by_link.values())
     sizes = {
         network: measure(network, contestants, arguments, "loopback", [2]).measured[2]
         for network in (transformer_of(width, layers, batch=1, tokens=16) for width, layers in arguments.sizes)

@@ -29,7 +29,7 @@ from contestants import (
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from network import LINKS, NetworkError
+from network import LINKS, over_links
 from workloads import NETWORKS
 
 # Rounds by link: a step of plain DDP takes many seconds over a slow one.
@@ -164,27 +164,23 @@ def main() -> None:
         parser.error(f"--world-size {arguments.world_size}: one rank exchanges nothing. Use 2 or more.")
 
     contestants = [*REFERENCES, *powersgd_contestants(arguments.ranks)]
-    results: dict[str, Measurement] = {}
-    remarks: list[str] = []
-    for link in arguments.link:
-        repeats = arguments.repeats or REPEATS[link]
-        try:
-            results[link] = run_steps(
-                NETWORKS[arguments.model],
-                contestants,
-                repeats=repeats,
-                world_size=arguments.world_size,
-                device=arguments.device,
-                link=link,
-                bare_sizes=[PROBE_BYTES[link]],
-            )
-        except NetworkError as error:
-            remarks.append(f"Skipped the link {link}. {error}")
-            continue
-        failures = results[link].failures.items()
-        remarks += [f"{contestant.name} failed on {link}: {text}" for contestant, text in failures]
-    if not results:
-        raise SystemExit("\n".join(["No link could be measured.", *remarks]))
+    results, remarks = over_links(
+        arguments.link,
+        lambda link: run_steps(
+            NETWORKS[arguments.model],
+            contestants,
+            repeats=arguments.repeats or REPEATS[link],
+            world_size=arguments.world_size,
+            device=arguments.device,
+            link=link,
+            bare_sizes=[PROBE_BYTES[link]],
+        ),
+    )
+    remarks += [
+        f"{contestant.name} failed on {link}: {text}"
+        for link, measured in results.items()
+        for contestant, text in measured.failures.items()
+    ]
     common.write_results(
         "step",
         "Training steps",
