@@ -14,9 +14,11 @@ collective and orthonormalises its P (*proceed*), and its Q travels with this gr
 whole (*start*): G groups take G + 1 collectives. When alternating, there is but one factor to send, and G suffice. At
 the end of the step *finish* updates the error buffers and writes the averaged gradients into DDP's buckets. Nothing
 that outlives the step is changed before all of it was received and found finite.
+
+A CPU judges that at once. On an accelerator the host would have to wait for the answer, so there the device itself
+decides what is kept, and the host asks at the beginning of the next step, when the answer has long arrived.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +27,17 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_powersgd.linalg import as_matrix, decompress, orthonormal, project
-from lightning_powersgd.plan import Group, PowerSGDConfig, Side, Slot
+from lightning_powersgd.linalg import (
+    add_scaled,
+    as_matrix,
+    assign,
+    decompress,
+    half_gain,
+    orthonormal,
+    project,
+    saturated,
+)
+from lightning_powersgd.plan import SIDES, Group, PowerSGDConfig, Side, Slot
 from lightning_powersgd.state import PowerSGDState, other_side
 
 if TYPE_CHECKING:
@@ -35,12 +46,15 @@ else:
     GradBucket, Work = dist.GradBucket, dist.Work
 
 
-def attach_powersgd(ddp: DistributedDataParallel, config: PowerSGDConfig) -> "GradientExchange":
+def attach_powersgd(
+    ddp: DistributedDataParallel, config: PowerSGDConfig, scaler: torch.amp.GradScaler | None = None
+) -> "GradientExchange":
     """Make a DDP module exchange its gradients with PowerSGD. Works without Lightning.
 
     Args:
         ddp: the module; it must not have a communication hook yet.
         config: the settings.
+        scaler: what the loss is scaled with, if it is: error buffers must follow its scale.
 
     Returns:
         The exchange; its ``state`` is what a checkpoint needs.
@@ -59,6 +73,7 @@ def attach_powersgd(ddp: DistributedDataParallel, config: PowerSGDConfig) -> "Gr
         PowerSGDState(named, config, group_bytes=ddp.bucket_bytes_cap),
         ddp.process_group,
         track_unused=ddp.find_unused_parameters and not ddp.static_graph,
+        scaler=scaler,
     )
     ddp.register_comm_hook(exchange, powersgd_hook)
     held = ddp._get_ddp_logging_data().get("comm_hook")  # type: ignore[no-untyped-call]
@@ -84,20 +99,41 @@ class GradientExchange:
         process_group: the ranks; ``None`` is the default group.
         track_unused: set this where DDP looks for unused parameters. DDP throws away the averaged gradient of a
             parameter that no rank used, so its error must stay where it is instead of being sent.
+        scaler: what the loss is scaled with; ``None`` if it is not.
+
+    Attributes:
+        exchanging: whether a step is under way: the first bucket has come, and the last has not.
+        scale: of this step's loss, in units of the one that the error buffers were computed at.
     """
 
     def __init__(
-        self, state: PowerSGDState, process_group: dist.ProcessGroup | None = None, track_unused: bool = False
+        self,
+        state: PowerSGDState,
+        process_group: dist.ProcessGroup | None = None,
+        track_unused: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self.state = state
         self.process_group = process_group
         self.world_size = dist.get_world_size(process_group)
+        self._scaler = scaler
+        self._loss_scale = torch.ones((), device=state.device)
+        self.scale: float | Tensor = 1.0
+        self.exchanging = False
         self._device = state.device
         self._wires: list[_Wire] = []
         self._groups = self._make_groups(track_unused)
         self._place = {state.parameters[slot.name]: (group, slot) for group in self._groups for slot in group.slots}
         self._futures: list[tuple[Future[Tensor], Tensor]] = []
         self._started = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether gradients pass through untouched: one rank that was always alone.
+
+        One that goes on with the checkpoint of several compresses as they did, so that the run remains the same.
+        """
+        return self.world_size == 1 and not self.state.total_sent_bytes
 
     def reduce_bucket(self, bucket: GradBucket) -> Future[Tensor]:
         """Take one bucket of DDP's; the future will hold it with averaged gradients, in place.
@@ -107,18 +143,22 @@ class GradientExchange:
         """
         if bucket.index() == 0:
             self._begin_step()
-        if self.world_size == 1:
+        if self.world_size > 1:
+            self.state.dense_bytes += bucket.buffer().nbytes
+        if self.alone:
             future = self._new_future()
             future.set_result(bucket.buffer())
         else:
-            self.state.dense_bytes += bucket.buffer().nbytes
             future = self._compress(bucket) if self.state.compressing else self._average(bucket)
         if bucket.is_last():
             self.state.finish_step()
+            self.exchanging = False
         return future
 
-    def all_reduce(self, payload: Tensor) -> Work:
-        """Sum a payload over the ranks, in place and asynchronously, and count its bytes."""
+    def all_reduce(self, payload: Tensor) -> Work | None:
+        """Sum a payload over the ranks, in place and asynchronously, and count its bytes. ``None``: a rank is alone."""
+        if self.world_size == 1:
+            return None
         self.state.sent_bytes += payload.nbytes
         work: Work | None = dist.all_reduce(payload, group=self.process_group, async_op=True)
         assert work is not None, "this rank is not a member of the process group"
@@ -149,8 +189,8 @@ class GradientExchange:
 
     def retire(self) -> None:
         """Let go of the accelerator's memory when a fit ends; the state stays, on the CPU, for a last checkpoint."""
-        self._groups, self._wires, self._place = [], [], {}
         self.state.to(torch.device("cpu"))
+        self._groups, self._wires, self._place = [], [], {}
 
     def new_wire(self, length: int, dtype: torch.dtype) -> "_Wire":
         """Make the buffer of one collective of a step."""
@@ -165,8 +205,13 @@ class GradientExchange:
         return groups
 
     def _begin_step(self) -> None:
+        self.exchanging = True
         self.state.dense_bytes = self.state.sent_bytes = 0
         self._forget_buckets()
+        if self._scaler is not None:
+            self._loss_scale = self._scaler.scale(torch.ones((), device=self._device))
+        scale = self._loss_scale / self.state.loss_scale
+        self.scale = float(scale) if _waits_for(self._device) else scale
 
     def _forget_buckets(self) -> None:
         # At the end of a step, or DDP's old buckets would stay in memory when it rebuilds them; and at the beginning,
@@ -177,13 +222,16 @@ class GradientExchange:
             group.forget()
 
     def _new_future(self) -> Future[Tensor]:
-        device = self.state.device
-        return Future(devices=[device] if device.type == "cuda" else None)
+        return Future(devices=[self._device] if self._device.type == "cuda" else None)
 
     def _average(self, bucket: GradBucket) -> Future[Tensor]:
         """Average a bucket as DDP does without a hook, to the last bit: divide, then sum, in place."""
-        future = self.all_reduce(bucket.buffer().div_(self.world_size)).get_future()
-        return future.then(lambda done: done.value()[0])
+        work = self.all_reduce(bucket.buffer().div_(self.world_size))
+        if work is None:
+            future = self._new_future()
+            future.set_result(bucket.buffer())
+            return future
+        return work.get_future().then(lambda done: done.value()[0])
 
     def _compress(self, bucket: GradBucket) -> Future[Tensor]:
         """Hand the bucket's gradients to their groups, and start the groups that are complete."""
@@ -197,13 +245,13 @@ class GradientExchange:
             # DDP lays a gradient out in memory as its parameter is (`channels_last`, say), but shows it contiguous.
             layout = parameter if slot.rank else gradient
             group.take(slot, gradient.as_strided(layout.shape, layout.stride()))
+        future = self._new_future()
+        self._futures.append((future, bucket.buffer()))
         while self._started < len(self._groups) and self._groups[self._started].complete:
             if self._started > 0:
                 self._groups[self._started - 1].proceed()
             self._groups[self._started].start()
             self._started += 1
-        future = self._new_future()
-        self._futures.append((future, bucket.buffer()))
         if bucket.is_last():
             self._drain()
         return future
@@ -215,15 +263,16 @@ class GradientExchange:
         for wire in self._wires:
             wire.receive()
         # Every rank holds the same averages, so all of them judge alike.
-        finite = not torch.stack([wire.blemish for wire in self._wires]).any()
+        blemish = torch.stack([wire.blemish for wire in self._wires]).sum()
+        finite = blemish == 0
+        keep = bool(finite) if _waits_for(self._device) else finite
         for group in self._groups:
-            group.finish(keep=finite)
+            group.finish(blemish, keep)
+        assign(self.state.loss_scale, self._loss_scale, keep)
+        self.state.keep_step(_Verdict(keep) if isinstance(keep, Tensor) else keep)
         for future, buffer in self._futures:
             future.set_result(buffer)
         self._forget_buckets()
-        if finite:
-            self.state.averaged = False
-            self.state.turn()
 
 
 class _GroupExchange:
@@ -263,11 +312,11 @@ class _GroupExchange:
         if passenger is not None:
             passenger.lay_out_last(self._wire.flat[self._start + factors :] if room else None)
 
-        # This rank's own part of the last factors, as rounded for the wire, so that the error holds that rounding too.
+        # This rank's own part of the last factors as it was sent, so that the error holds its rounding too.
         own_length = max(self._lengths[side] for side in last_sides)
         self._own_flat = torch.zeros(own_length, dtype=group.dtype, device=self._state.device)
         self._own = {side: self._factors(self._own_flat, side) for side in last_sides}
-        self._last, self._last_flat = self._first, self._wire.flat[self._start :]
+        self._payload, self._last_flat = self._first, self._wire.flat[self._start :]
         self._last_wire: _Wire | None = None
         self._whole: dict[str, Tensor] = {}
         self._taken = 0
@@ -285,7 +334,7 @@ class _GroupExchange:
         if flat is None:
             self._last_wire = self._exchange.new_wire(self.last_length, self.dtype)
             flat = self._last_wire.flat
-        self._last, self._last_flat = {"right": self._factors(flat, "right")}, flat
+        self._payload, self._last_flat = {**self._first, "right": self._factors(flat, "right")}, flat
 
     @property
     def complete(self) -> bool:
@@ -294,8 +343,9 @@ class _GroupExchange:
 
     @property
     def own_factors(self) -> list[Tensor]:
-        """The factors that this rank sent in the last payload."""
-        return list(self._own[self._sent].values())
+        """The factors that this rank sent last, in the step before."""
+        own = self._own[self._sent]
+        return [matrix.received(self._sent, own[name]) for name, matrix in self._matrices.items()]
 
     def take(self, slot: Slot, gradient: Tensor) -> None:
         """Put a gradient into the first payload: whole, or its projection after adding the error.
@@ -314,16 +364,18 @@ class _GroupExchange:
         matrix = self._matrices[slot.name]
         factor, side = self._state.start_factor(slot), other_side(self._state.held)
         matrix.basis = orthonormal(factor, matrix.dtype) if self._alternate else factor.to(matrix.dtype)
-        matrix.take(gradient)
-        matrix.project(side, self._first[side][slot.name])
+        matrix.take(gradient, self._exchange.scale)
+        matrix.project(side, self._payload[side][slot.name])
 
     def start(self) -> None:
         """Send the first collective: what is sent whole, and P (alternating: the projection)."""
         if self._alternate:
             self._sent = other_side(self._state.held)
-            self._keep_own()
+            self._divide_and_keep_own()
+            self._wire.flat[: self._start] /= self._exchange.world_size
             self._wire.send(self._start + self._lengths[self._sent])
         else:
+            self._wire.flat[: self._start + self._lengths["left"]] /= self._exchange.world_size
             self._wire.send()
 
     def proceed(self) -> None:
@@ -334,28 +386,32 @@ class _GroupExchange:
         for name, matrix in self._matrices.items():
             if not self._alternate:
                 # In M's dtype, since a basis never travels and need not be rounded to the wire's.
-                matrix.basis = orthonormal(self._first["left"][name], matrix.dtype)
+                matrix.basis = orthonormal(matrix.received("left", self._payload["left"][name]), matrix.dtype)
             if self._track_unused:
                 # Without a basis nothing is sent, the gradient is zero, and the error, M itself, stays.
                 matrix.basis *= self._flags[name] > 0
             if not self._alternate:
-                matrix.project("right", self._last["right"][name])
+                matrix.project("right", self._payload["right"][name])
         if not self._alternate:
-            self._keep_own()
+            self._divide_and_keep_own()
             if self._last_wire is not None:
                 self._last_wire.send()
 
-    def finish(self, *, keep: bool) -> None:
+    def finish(self, blemish: Tensor, keep: bool | Tensor) -> None:
         """Write the averaged gradients ĝ = P̂ Qᵀ.
 
         Args:
-            keep: keep the local residual as the error, and the averaged factor as the next warm start.
+            blemish: zero, or NaN if anything that any group received was not finite: no part of such a step may look
+                as if it were, or an optimizer of its own would take it, while the error forgets that it was sent.
+            keep: whether to keep the local residual as the error, and the averaged factors for the next step.
         """
-        own, average = self._own[self._sent], self._last[self._sent]
+        self._last_flat.add_(blemish)
         for name, matrix in self._matrices.items():
-            matrix.decompress(self._sent, own[name], average[name], keep=keep)
-            if keep:
-                self._state.keep_factor(name, self._sent, average[name])
+            factors = {side: matrix.received(side, self._payload[side][name]) for side in self._sides}
+            own = matrix.received(self._sent, self._own[self._sent][name])
+            matrix.decompress(self._sent, own, factors[self._sent], keep)
+            for side, factor in factors.items():
+                self._state.keep_factor(name, side, factor, keep)
 
     def forget(self) -> None:
         """Let go of the step's gradients."""
@@ -364,9 +420,15 @@ class _GroupExchange:
         for matrix in self._matrices.values():
             matrix.forget()
 
-    def _keep_own(self) -> None:
-        length = self._lengths[self._sent]
-        self._own_flat[:length].copy_(self._last_flat[:length])
+    @property
+    def _sides(self) -> tuple[Side, ...]:
+        """The sides of the factors that a step averages."""
+        return (self._sent,) if self._alternate else SIDES
+
+    def _divide_and_keep_own(self) -> None:
+        """Divide the last factors by the number of ranks for the sum, and keep them as they are after that rounding."""
+        length, world_size = self._lengths[self._sent], self._exchange.world_size
+        torch.mul(self._last_flat[:length].div_(world_size), world_size, out=self._own_flat[:length])
 
     def _factors(self, flat: Tensor, side: Side) -> dict[str, Tensor]:
         """View the beginning of a flat tensor as factors by name, (r, n) or (r, m)."""
@@ -378,11 +440,11 @@ class _GroupExchange:
 class _Matrix:
     """One compressed parameter in one step: M = g + e, and the basis that it is projected onto.
 
-    M is formed in DDP's bucket, so that it costs no memory. Only an error wider than the gradient needs a temporary of
-    its dtype, formed anew for each use.
+    M is formed in DDP's bucket, so that it costs no memory. Only where M is wider than the gradient it is a temporary,
+    formed anew for each use.
 
     Attributes:
-        dtype: of M: the wider of the gradient's and the error's.
+        dtype: of M (see `PowerSGDState.matrix_dtype`).
         basis: orthonormal rows, or the held factor itself in the first half of a full step; of M's dtype.
     """
 
@@ -391,6 +453,8 @@ class _Matrix:
         self._state = state
         self.dtype = state.matrix_dtype(slot)
         self._in_bucket = self.dtype == slot.dtype
+        self._scale: float | Tensor = 1.0
+        self._gains: dict[Side, Tensor] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -399,22 +463,33 @@ class _Matrix:
         self._error: Tensor | None = None
         self._summed = False
 
-    def take(self, gradient: Tensor) -> None:
-        """Take in the gradient, of the parameter's shape and memory layout."""
+    def take(self, gradient: Tensor, scale: float | Tensor) -> None:
+        """Take in the gradient.
+
+        Args:
+            gradient: of the parameter's shape and memory layout.
+            scale: of its loss, in units of the error's.
+        """
+        self._scale = scale
+        magnitudes = self._state.magnitudes.get(self._slot.name, {})
+        self._gains = {side: half_gain(magnitude * scale) for side, magnitude in magnitudes.items()}
         order, error = self._slot.order, self._state.errors.get(self._slot.name)
         self._gradient = as_matrix(gradient, order)
         self._error = None if error is None else as_matrix(error, order)
 
     def project(self, side: Side, out: Tensor) -> None:
-        """Project M onto the basis: the factor of that side, (r, n) or (r, m)."""
+        """Project M onto the basis: the factor of that side, (r, n) or (r, m), as it travels."""
         matrix, error = self._sum()
-        if side == "right":
-            project(matrix, self.basis, out, error)
-        else:
-            project(matrix.t(), self.basis, out, None if error is None else error.t())
+        if side == "left":
+            matrix, error = matrix.t(), None if error is None else error.t()
+        project(matrix, self.basis, out, error, self._scale, self._gains.get(side))
 
-    def decompress(self, side: Side, own: Tensor, average: Tensor, *, keep: bool) -> None:
-        """Write the averaged gradient over this rank's, and with `keep` the local residual into the error.
+    def received(self, side: Side, factor: Tensor) -> Tensor:
+        """Give a factor in units of M, as it was before it travelled."""
+        return factor / self._gains[side] if self._gains else factor
+
+    def decompress(self, side: Side, own: Tensor, average: Tensor, keep: bool | Tensor) -> None:
+        """Write the averaged gradient over this rank's, and the local residual into the error.
 
         Args:
             side: of the factors.
@@ -422,23 +497,25 @@ class _Matrix:
             average: the mean of the ranks' projections.
             keep: whether to update the error.
         """
-        matrix, _ = self._sum()
+        matrix, pending = self._sum()
+        if pending is not None:
+            add_scaled(matrix, pending, self._scale)
         factors = [(self.basis, factor) if side == "right" else (factor, self.basis) for factor in (average, own)]
-        decompress(matrix, factors[0], factors[1], self._error if keep else None)
+        decompress(matrix, factors[0], factors[1], self._error, keep)
         if not self._in_bucket:
-            self._gradient.copy_(matrix)
+            self._gradient.copy_(saturated(matrix, self._gradient.dtype))
 
     def _sum(self) -> tuple[Tensor, Tensor | None]:
-        """Give M, (n, m), or the gradient and the error that is yet to be added to it in its place."""
-        if self._error is not None and not self._in_bucket:
-            return self._gradient + self._error, None
+        """Give M, (n, m), or the gradient in M's dtype and the error that is yet to be added to it in its place."""
+        if not self._in_bucket:
+            return self._gradient.to(self.dtype), self._error
         pending = None if self._summed else self._error
         self._summed = True
         return self._gradient, pending
 
 
 class _Wire:
-    """One collective of a step: a flat buffer that is averaged over the ranks as it lies in memory.
+    """One collective of a step: a flat buffer that is summed over the ranks as it lies in memory.
 
     Attributes:
         flat: the buffer.
@@ -447,13 +524,13 @@ class _Wire:
 
     def __init__(self, exchange: GradientExchange, length: int, dtype: torch.dtype) -> None:
         self._exchange = exchange
-        self._in_flight: tuple[Work, Tensor] | None = None
+        self._in_flight: tuple[Work | None, Tensor] | None = None
         self.flat = torch.zeros(length, dtype=dtype, device=exchange.state.device)
         self.blemish = torch.zeros((), device=exchange.state.device)
 
     def send(self, length: int | None = None) -> None:
         """Start the all-reduce of the buffer, or of its beginning; an empty one is left out."""
-        part = self.flat[:length].div_(self._exchange.world_size)
+        part = self.flat[:length]
         if part.numel():
             self._in_flight = self._exchange.all_reduce(part), part
 
@@ -461,28 +538,28 @@ class _Wire:
         """Wait for what is on its way, if it has not been received yet."""
         if self._in_flight is not None:
             work, part = self._in_flight
-            work.wait()
+            if work is not None:
+                work.wait()
             self._in_flight = None
             # Zero times a number is zero, and times inf or NaN is NaN: an order of magnitude cheaper than `isfinite`.
             self.blemish = (part * 0).sum()
 
 
-def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGroup | None = None) -> None:
-    """Compare settings over all ranks, so that a difference ends in one clear error instead of a hang in a collective.
+class _Verdict:
+    """Whether a step was finite, on its way from the device that found it out."""
 
-    Args:
-        settings: what every rank must have alike, by name. Every rank must call this.
-        process_group: the ranks; ``None`` is the default group.
+    def __init__(self, finite: Tensor) -> None:
+        self._finite = finite.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if finite.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(finite.device))
 
-    Raises:
-        RuntimeError: on every rank, naming the first difference.
-    """
-    everyone: list[Mapping[str, str]] = [{}] * dist.get_world_size(process_group)
-    dist.all_gather_object(everyone, settings, group=process_group)
-    for rank, theirs in enumerate(everyone):
-        for name in {**everyone[0], **theirs}:
-            if everyone[0].get(name) != theirs.get(name):
-                raise RuntimeError(
-                    f"The ranks disagree on {name}: rank 0 has {everyone[0].get(name, 'none')}, rank {rank} has"
-                    f" {theirs.get(name, 'none')}. Start every rank with the same code, package versions and arguments."
-                )
+    def __bool__(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._finite)
+
+
+def _waits_for(device: torch.device) -> bool:
+    """Whether the host waits for what the device computes anyway, so that asking for a number costs nothing."""
+    return device.type == "cpu"

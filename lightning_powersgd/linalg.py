@@ -116,8 +116,15 @@ def normalize_rows(factor: Tensor, fallback: Tensor) -> Tensor:
     return torch.where(largest > 0, factor / largest, fallback).to(fallback.dtype)
 
 
-def project(matrix: Tensor, basis: Tensor, out: Tensor, error: Tensor | None = None) -> None:
-    """Write ``out = basis @ (matrix + error)``, and leave the sum M in the matrix.
+def project(
+    matrix: Tensor,
+    basis: Tensor,
+    out: Tensor,
+    error: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+    gain: Tensor | None = None,
+) -> None:
+    """Write ``out = basis @ (matrix + scale · error)``, and leave the sum M in the matrix.
 
     With the basis P̂ (r, n) and M (n, m) this is the (r, m) form of ``Q = Mᵀ P̂``. The mirror image, ``P = M Q``, is the
     same call on transposed matrices.
@@ -127,14 +134,16 @@ def project(matrix: Tensor, basis: Tensor, out: Tensor, error: Tensor | None = N
         basis: (r, k), of the matrix's dtype.
         out: (r, l), of any floating dtype.
         error: (k, l), of the matrix's dtype or a narrower one.
+        scale: of the loss, in units of the one that the error was computed at. A scalar tensor stays on its device.
+        gain: (r, 1), for a float16 `out`: what its rows are multiplied by (see `half_gain`).
     """
     library = native.library_for(matrix)
-    if error is not None and not (library and error.dtype == matrix.dtype):
-        matrix.add_(error)
+    if error is not None and not (library and error.dtype == matrix.dtype and isinstance(scale, float)):
+        add_scaled(matrix, error, scale)
         error = None
     product = out if out.dtype == matrix.dtype else torch.empty_like(out, dtype=matrix.dtype)
     if library:
-        native.project(library, matrix, basis, product, error)
+        native.project(library, matrix, basis, product, error, 1.0 if error is None else float(scale))
     elif len(basis) == 1 and matrix.is_cpu:
         # A single row is a matrix-vector product, and BLAS rounds that differently at other memory alignments. DDP
         # moves gradients when it rebuilds its buckets, so a resumed run would drift from an uninterrupted one by the
@@ -143,11 +152,15 @@ def project(matrix: Tensor, basis: Tensor, out: Tensor, error: Tensor | None = N
     else:
         torch.mm(basis, matrix, out=product)
     if product is not out:
-        out.copy_(product)
+        out.copy_(product if gain is None else _cut(product * gain))
 
 
 def decompress(
-    matrix: Tensor, average: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], error: Tensor | None = None
+    matrix: Tensor,
+    average: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    error: Tensor | None = None,
+    keep: bool | Tensor = True,
 ) -> None:
     """Write ``error = M − P Q_wᵀ``, what this rank's own projection left behind, and then ``ĝ = P Qᵀ`` over M.
 
@@ -156,16 +169,68 @@ def decompress(
         average: the factors of ĝ, (r, n) and (r, m).
         own: the factors of this rank's own projection, alike.
         error: (n, m), of the matrix's dtype or a narrower one.
+        keep: whether to write the error; a scalar tensor stays on its device.
     """
+    if keep is False:
+        error = None
     average, own = _in_dtype(matrix, average), _in_dtype(matrix, own)
     library = native.library_for(matrix)
-    if error is not None and not (library and error.dtype == matrix.dtype):
-        _subtract_product(matrix, *own, out=error)
+    if error is not None and not (library and keep is True and error.dtype == matrix.dtype):
+        _subtract_product(matrix, *own, out=error, keep=keep)
         error = None
     if library:
         native.decompress(library, matrix, average, own, error)
     else:
         _write_product(*average, out=matrix)
+
+
+def add_scaled(matrix: Tensor, error: Tensor, scale: float | Tensor) -> None:
+    """Add ``scale · error`` to a matrix, in place. A scalar tensor stays on its device."""
+    if isinstance(scale, Tensor):
+        matrix.addcmul_(error, scale)
+    else:
+        matrix.add_(error, alpha=scale)
+
+
+def assign(target: Tensor, value: Tensor, keep: bool | Tensor = True) -> None:
+    """Write a value to a tensor if it is to be kept. A scalar tensor stays on its device."""
+    if isinstance(keep, Tensor):
+        torch.where(keep, value.to(target.dtype), target, out=target)
+    elif keep:
+        target.copy_(value)
+
+
+def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cut a tensor, in place, to what is finite in a dtype that it is to be written in. Only float16 is that narrow."""
+    limit = torch.finfo(torch.float16).max
+    return tensor.clamp_(-limit, limit) if dtype == torch.float16 else tensor
+
+
+# float16 holds magnitudes from 2^-24 to 2^16. On the wire the largest entry of a row is brought to about 2^5, so that
+# it may grow a thousandfold from one step to the next, and entries of a millionth of it still arrive.
+_HALF_EXPONENT = 5
+_HALF_LARGEST = 2.0**15
+
+
+def half_gain(magnitude: Tensor) -> Tensor:
+    """Give the powers of two that bring rows of a factor into the range of float16.
+
+    Args:
+        magnitude: (r, 1), about the largest magnitude in each row.
+
+    Returns:
+        (r, 1), float32.
+    """
+    exponent = (_HALF_EXPONENT - torch.frexp(magnitude.float()).exponent).clamp(-100, 100)
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+
+
+def _cut(factor: Tensor) -> Tensor:
+    """Cut entries that float16, summed over ranks, would make infinite; what was infinite before becomes NaN.
+
+    Like all rounding for the wire, what is cut stays in the error buffer, and leaves with the next steps.
+    """
+    return factor.clamp(-_HALF_LARGEST, _HALF_LARGEST) + factor * 0
 
 
 def _in_dtype(matrix: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -182,9 +247,9 @@ def _write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.mm(left.t(), right, out=out)
 
 
-def _subtract_product(matrix: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write ``out = matrix − P Qᵀ``. Where the dtypes differ the matrix is overwritten too."""
-    rest = out if out.dtype == matrix.dtype else matrix
+def _subtract_product(matrix: Tensor, left: Tensor, right: Tensor, out: Tensor, keep: bool | Tensor) -> None:
+    """Write ``out = matrix − P Qᵀ`` if it is to be kept. Unless that can be done at once, the matrix is overwritten."""
+    rest = out if keep is True and out.dtype == matrix.dtype else matrix
     if _by_columns(matrix, left):
         torch.addr(matrix, left[0], right[0], alpha=-1, out=rest)
         for p, q in zip(left[1:], right[1:], strict=True):
@@ -192,7 +257,7 @@ def _subtract_product(matrix: Tensor, left: Tensor, right: Tensor, out: Tensor) 
     else:
         torch.addmm(matrix, left.t(), right, alpha=-1, out=rest)
     if rest is not out:
-        out.copy_(rest)
+        assign(out, saturated(rest, out.dtype), keep)
 
 
 def _by_columns(matrix: Tensor, factor: Tensor) -> bool:

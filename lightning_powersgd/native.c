@@ -3,12 +3,13 @@
  * A gradient and its error buffer are far larger than a cache, so that time is the number of times they travel from
  * memory and back. Each function here is one such journey, whatever the rank:
  *
- *     project_left    M = G + E;  P = M Q           reads G and E, writes M into G
- *     project_right   M = G + E;  Q = Mᵀ P          the same; without E it only reads
+ *     project_left    M = G + s E;  P = M Q         reads G and E, writes M into G
+ *     project_right   M = G + s E;  Q = Mᵀ P        the same; without E it only reads
  *     decompress      E = M − P_w Q_wᵀ;  G = P Qᵀ   reads M, writes E and G; the factors of E are this rank's own
  *
  *     n, m   rows and columns of the matrices G, E and M, which lie row by row
  *     r      rank; factors lie rank first: the left ones (r, n), the right ones (r, m)
+ *     s      scale of the loss, in units of the one that E was computed at
  *
  * Results depend neither on the number of threads nor on where the matrices lie: every sum runs over its terms in one
  * fixed order.
@@ -67,7 +68,8 @@ INLINE float total(vec value) {
 /* The three loops, for R ranks and T rows: constants, so that each combination is compiled by itself and its sums stay
  * in registers. */
 
-INLINE void left_rows(const int R, const int T, long n, long m, float *g, const float *e, const float *q, float *p) {
+INLINE void left_rows(const int R, const int T, long n, long m, float s, float *g, const float *e, const float *q,
+                      float *p) {
     vec sums[ROWS][CHUNK];
     float rest[ROWS][CHUNK];
     long j = 0;
@@ -78,7 +80,7 @@ INLINE void left_rows(const int R, const int T, long n, long m, float *g, const 
             x[t] = load(g + t * m + j);
             __builtin_prefetch(g + t * m + j + AHEAD(T));
             if (e) {
-                store(g + t * m + j, x[t] += load(e + t * m + j));
+                store(g + t * m + j, x[t] += s * load(e + t * m + j));
                 __builtin_prefetch(e + t * m + j + AHEAD(T));
             }
         }
@@ -88,14 +90,14 @@ INLINE void left_rows(const int R, const int T, long n, long m, float *g, const 
         }
     }
     for (; j < m; j++) EACH(t, T) {
-        if (e) g[t * m + j] += e[t * m + j];
+        if (e) g[t * m + j] += s * e[t * m + j];
         EACH(k, R) rest[t][k] += g[t * m + j] * q[k * m + j];
     }
     EACH(t, T) EACH(k, R) p[k * n + t] = total(sums[t][k]) + rest[t][k];
 }
 
-INLINE void right_rows(const int R, const int T, long width, long n, long m, float *g, const float *e, const float *p,
-                       float *q) {
+INLINE void right_rows(const int R, const int T, long width, long n, long m, float s, float *g, const float *e,
+                       const float *p, float *q) {
     long j = 0;
     for (; j + LANES <= width; j += LANES) {
         vec sums[CHUNK];
@@ -104,7 +106,7 @@ INLINE void right_rows(const int R, const int T, long width, long n, long m, flo
             vec x = load(g + t * m + j);
             __builtin_prefetch(g + t * m + j + AHEAD(T));
             if (e) {
-                store(g + t * m + j, x += load(e + t * m + j));
+                store(g + t * m + j, x += s * load(e + t * m + j));
                 __builtin_prefetch(e + t * m + j + AHEAD(T));
             }
             EACH(k, R) sums[k] += x * p[k * n + t];
@@ -112,7 +114,7 @@ INLINE void right_rows(const int R, const int T, long width, long n, long m, flo
         EACH(k, R) store(q + k * m + j, sums[k]);
     }
     for (; j < width; j++) EACH(t, T) {
-        if (e) g[t * m + j] += e[t * m + j];
+        if (e) g[t * m + j] += s * e[t * m + j];
         EACH(k, R) q[k * m + j] += g[t * m + j] * p[k * n + t];
     }
 }
@@ -169,24 +171,24 @@ INLINE long of_row(long left) { return left >= 2 ? 2 : 1; }
 
 /* Where E is NULL, nothing is added, or kept. */
 
-void project_left(int threads, long r, long n, long m, float *g, const float *e, const float *q, float *p) {
+void project_left(int threads, long r, long n, long m, float s, float *g, const float *e, const float *q, float *p) {
     PARALLEL(threads)
     for (long i = 0; i < n; i += ROWS) {
         if (r >= CHUNK && n - i >= ROWS)
             for (long k = 0, some; k < r; k += some) {
                 some = of_block(r - k);
-                BLOCK(some, left_rows, ROWS, n, m, g + i * m, e && !k ? e + i * m : NULL, q + k * m, p + k * n + i)
+                BLOCK(some, left_rows, ROWS, n, m, s, g + i * m, e && !k ? e + i * m : NULL, q + k * m, p + k * n + i)
             }
         else
             for (long row = i; row < n && row < i + ROWS; row++)
                 for (long k = 0, some; k < r; k += some) {
                     some = of_row(r - k);
-                    ROW(some, left_rows, n, m, g + row * m, e && !k ? e + row * m : NULL, q + k * m, p + k * n + row)
+                    ROW(some, left_rows, n, m, s, g + row * m, e && !k ? e + row * m : NULL, q + k * m, p + k * n + row)
                 }
     }
 }
 
-void project_right(int threads, long r, long n, long m, float *g, const float *e, const float *p, float *q) {
+void project_right(int threads, long r, long n, long m, float s, float *g, const float *e, const float *p, float *q) {
     long part = (m / threads / COLUMNS + 1) * COLUMNS;
     memset(q, 0, r * m * sizeof *q);
     PARALLEL(threads)
@@ -195,13 +197,13 @@ void project_right(int threads, long r, long n, long m, float *g, const float *e
         for (; r >= CHUNK && i + ROWS_SUMMED <= n; i += ROWS_SUMMED)
             for (long k = 0, some; k < r; k += some) {
                 some = of_block(r - k);
-                BLOCK(some, right_rows, ROWS_SUMMED, width, n, m, g + i * m + j, e && !k ? e + i * m + j : NULL,
+                BLOCK(some, right_rows, ROWS_SUMMED, width, n, m, s, g + i * m + j, e && !k ? e + i * m + j : NULL,
                           p + k * n + i, q + k * m + j)
             }
         for (; i < n; i++)
             for (long k = 0, some; k < r; k += some) {
                 some = of_row(r - k);
-                ROW(some, right_rows, width, n, m, g + i * m + j, e && !k ? e + i * m + j : NULL, p + k * n + i,
+                ROW(some, right_rows, width, n, m, s, g + i * m + j, e && !k ? e + i * m + j : NULL, p + k * n + i,
                     q + k * m + j)
             }
     }

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,12 @@ _OPTIMISATIONS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-march
 # Below this many elements a matrix is not worth waking other threads for.
 _ELEMENTS_PER_THREAD = 32_768
 
-# By function: how many pointers it takes, after the number of threads and r, n, m.
-_POINTERS = {"project_left": 4, "project_right": 4, "decompress": 6}
+# By function: what it takes after the number of threads and r, n, m.
+_ARGUMENTS: dict[str, list[Any]] = {
+    "project_left": [ctypes.c_float, *[ctypes.c_void_p] * 4],
+    "project_right": [ctypes.c_float, *[ctypes.c_void_p] * 4],
+    "decompress": [ctypes.c_void_p] * 6,
+}
 
 
 @lru_cache(maxsize=1)
@@ -58,9 +63,9 @@ def library() -> ctypes.CDLL | None:
                 str(reason).strip(),
             )
             return None
-    for name, pointers in _POINTERS.items():
+    for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.argtypes = [ctypes.c_int, *[ctypes.c_long] * 3, *[ctypes.c_void_p] * pointers]
+        function.argtypes = [ctypes.c_int, *[ctypes.c_long] * 3, *arguments]
         function.restype = None
     return loaded
 
@@ -81,12 +86,14 @@ def library_for(matrix: Tensor) -> ctypes.CDLL | None:
     return library() if matrix.is_cpu and matrix.dtype == torch.float32 else None
 
 
-def project(native: ctypes.CDLL, matrix: Tensor, basis: Tensor, out: Tensor, error: Tensor | None) -> None:
+def project(
+    native: ctypes.CDLL, matrix: Tensor, basis: Tensor, out: Tensor, error: Tensor | None, scale: float
+) -> None:
     """Do what `linalg.project` does. All tensors are float32."""
     transposed = not matrix.is_contiguous()
     n, m = reversed(matrix.shape) if transposed else matrix.shape
     function = native.project_left if transposed else native.project_right
-    function(_threads(matrix), len(basis), n, m, *map(_address, (matrix, error, basis, out)))
+    function(_threads(matrix), len(basis), n, m, scale, *map(_address, (matrix, error, basis, out)))
 
 
 def decompress(

@@ -24,6 +24,7 @@ from lightning_powersgd.linalg import matrix_order
 DEFAULT_GROUP_BYTES = 25 * 2**20
 
 Side = Literal["left", "right"]
+SIDES: tuple[Side, Side] = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ class PowerSGDConfig:
             for pattern, rank in self.rank.items():
                 if not isinstance(pattern, str):
                     raise TypeError(f"`rank` has the pattern {pattern!r}. A pattern is a string, such as 'encoder.*'.")
-                _require_int(f"rank[{pattern!r}]", rank, minimum=0, remedy="Use 0 to send a parameter whole.")
+                require_int(f"rank[{pattern!r}]", rank, minimum=0, remedy="Use 0 to send a parameter whole.")
             object.__setattr__(self, "rank", dict(self.rank))
         else:
             remedy = "Use a mapping such as `rank={'embed*': 0, '*': 2}` to send some parameters whole."
-            _require_int("rank", self.rank, minimum=1, remedy=remedy)
-        _require_int("start_step", self.start_step, minimum=0, remedy="Use 0 to compress from the first step on.")
-        _require_int("seed", self.seed, minimum=0, remedy="Use any non-negative integer.")
+            require_int("rank", self.rank, minimum=1, remedy=remedy)
+        require_int("start_step", self.start_step, minimum=0, remedy="Use 0 to compress from the first step on.")
+        require_int("seed", self.seed, minimum=0, remedy="Use any non-negative integer.")
         ratio = self.min_compression_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, int | float):
             raise TypeError(f"`min_compression_ratio={ratio!r}` is not a number. Use a ratio such as 2.0.")
@@ -295,7 +296,13 @@ def _require_matching_patterns(rank: int | Mapping[str, int], names: list[str]) 
             )
 
 
-def _require_int(name: str, value: object, *, minimum: int, remedy: str) -> None:
+def require_int(name: str, value: object, *, minimum: int, remedy: str) -> None:
+    """Check an integer.
+
+    Raises:
+        TypeError: if it is none, naming the argument.
+        ValueError: if it is too small, naming the argument.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}={value!r}` is not an integer. {remedy}")
     if value < minimum:

@@ -4,22 +4,45 @@
 |---|---|---|---|
 | error buffer | the parameter's | ``error_dtype`` | local to the rank; only the mean over ranks affects training |
 | left factor P, right factor Q | (r, n), (r, m) | the payload's | the same on all ranks |
+| magnitudes of the rows of both, for a float16 payload | (r, 1) | float32 | the same on all ranks |
+| loss scale that errors and magnitudes refer to | scalar | float32 | the same on all ranks |
 | step, byte counts | numbers | | the same on all ranks |
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_powersgd.linalg import normalize_rows, permute_columns
-from lightning_powersgd.plan import DEFAULT_GROUP_BYTES, Plan, PowerSGDConfig, Side, Slot, make_plan, parameter_name
+from lightning_powersgd.linalg import assign, normalize_rows, permute_columns
+from lightning_powersgd.plan import (
+    DEFAULT_GROUP_BYTES,
+    SIDES,
+    Plan,
+    PowerSGDConfig,
+    Side,
+    Slot,
+    make_plan,
+    parameter_name,
+)
 
 FORMAT_VERSION = 1
+
+
+class SupportsBool(Protocol):
+    """What is true or false: also an answer that is still on its way."""
+
+    def __bool__(self) -> bool:
+        """Give the answer."""
+
+
+# What the factors of the first step are taken for, when they travel in float16: at 2^4 they go as they are.
+_FIRST_MAGNITUDE = 2.0**4
 
 
 class PowerSGDState:
@@ -36,8 +59,10 @@ class PowerSGDState:
         parameters: the trainable parameters by name.
         errors: error buffers by name; empty without error feedback.
         factors: by name, the factors held for the next step, by side.
+        magnitudes: by name and side, the largest magnitude in each row of the last averaged factor, (r, 1); only of
+            factors that travel in float16.
+        loss_scale: that the gradients were multiplied by from which errors and magnitudes came, a scalar.
         averaged: whether the error buffers are the mean over ranks already, and so alike on all of them.
-        held: the side of the factors that the next step starts from; always "right" unless alternating.
         step: synchronised backward passes so far.
         dense_bytes: gradient bytes of the last step, as plain all-reduce would have sent them.
         sent_bytes: bytes handed to collectives for gradients in the last step.
@@ -61,13 +86,16 @@ class PowerSGDState:
         self.device = _common_device(self.parameters)
         self.step = 0
         self.averaged = True
-        self.held: Side = "right"
+        self._held: Side = "right"
+        self._kept: SupportsBool | None = None
         self.dense_bytes = 0
         self.sent_bytes = 0
         self.total_dense_bytes = 0
         self.total_sent_bytes = 0
         self.errors: dict[str, Tensor] = {}
         self.factors: dict[str, dict[Side, Tensor]] = {}
+        self.magnitudes: dict[str, dict[Side, Tensor]] = {}
+        self.loss_scale = torch.ones((), device=self.device)
         for group in self.plan.groups:
             for slot in group.compressed:
                 if config.error_feedback:
@@ -75,8 +103,12 @@ class PowerSGDState:
                     self.errors[slot.name] = torch.zeros_like(parameter, dtype=config.error_dtype, requires_grad=False)
                 self.factors[slot.name] = {
                     side: self.first_factor(slot, side).to(self.device, group.dtype)
-                    for side in (("left", "right") if config.alternate else ("right",))
+                    for side in (SIDES if config.alternate else SIDES[1:])
                 }
+                if group.dtype == torch.float16:
+                    self.magnitudes[slot.name] = {
+                        side: torch.full((slot.rank, 1), _FIRST_MAGNITUDE, device=self.device) for side in SIDES
+                    }
 
     @property
     def compressing(self) -> bool:
@@ -100,15 +132,31 @@ class PowerSGDState:
         held = self.factors[slot.name][self.held]
         return held if self.config.warm_start else held.copy_(self.first_factor(slot, self.held))
 
-    def keep_factor(self, name: str, side: Side, factor: Tensor) -> None:
-        """Keep an averaged factor as the next warm start."""
-        kept = self.factors[name][side]
-        kept.copy_(normalize_rows(factor, fallback=kept))
+    def keep_factor(self, name: str, side: Side, factor: Tensor, keep: bool | Tensor = True) -> None:
+        """Keep an averaged factor as the next warm start, if it is to be one, and the magnitudes of its rows.
+
+        Args:
+            name: of the parameter.
+            side: of the factor.
+            factor: (r, n) or (r, m).
+            keep: as in `assign`.
+        """
+        if side in self.factors[name]:
+            kept = self.factors[name][side]
+            assign(kept, normalize_rows(factor, fallback=kept), keep)
+        if name in self.magnitudes:
+            magnitude = self.magnitudes[name][side]
+            largest = factor.abs().amax(dim=1, keepdim=True)
+            assign(magnitude, torch.where(largest > 0, largest, magnitude), keep)
 
     def matrix_dtype(self, slot: Slot) -> torch.dtype:
-        """Give the dtype in which M = g + e is computed: the wider of the gradient's and the error buffer's."""
+        """Give the dtype in which M = g + e is computed: the wider of the gradient's and the error buffer's.
+
+        But never float16, whose range a product with a factor leaves at gradients of a few hundreds.
+        """
         error = self.errors.get(slot.name)
-        return slot.dtype if error is None else torch.promote_types(slot.dtype, error.dtype)
+        dtype = slot.dtype if error is None else torch.promote_types(slot.dtype, error.dtype)
+        return torch.float32 if dtype == torch.float16 else dtype
 
     def finish_step(self) -> None:
         """Count a synchronised backward pass."""
@@ -116,10 +164,29 @@ class PowerSGDState:
         self.total_dense_bytes += self.dense_bytes
         self.total_sent_bytes += self.sent_bytes
 
-    def turn(self) -> None:
-        """When alternating, let the next step start from the factors that this one kept."""
+    @property
+    def held(self) -> Side:
+        """The side of the factors that the next step starts from; always "right" unless alternating."""
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            if kept:
+                self._held = other_side(self._held)
+        return self._held
+
+    @held.setter
+    def held(self, side: Side) -> None:
+        self._held, self._kept = side, None
+
+    def keep_step(self, kept: SupportsBool) -> None:
+        """Note whether a compressed step's errors and factors were kept.
+
+        Args:
+            kept: true or false; not asked before the next step, and only if that depends on it.
+        """
+        if kept is not False:  # or not yet known
+            self.averaged = False
         if self.config.alternate:
-            self.held = other_side(self.held)
+            self._kept = kept
 
     def state_dict(self, *, error_feedback: bool = True) -> dict[str, Any]:
         """Give the state as tensors, numbers and strings, by parameter name: loadable with ``weights_only=True``.
@@ -136,13 +203,14 @@ class PowerSGDState:
             "step": self.step,
             "averaged": self.averaged,
             "held": self.held,
+            "loss_scale": float(self.loss_scale),
             "total_dense_bytes": self.total_dense_bytes,
             "total_sent_bytes": self.total_sent_bytes,
             "parameters": {slot.name: self._slot_state(slot, error_feedback) for slot in self.plan.compressed},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Take over what `state_dict` gave.
+        """Take over what `state_dict` gave, or nothing at all if that cannot be.
 
         A buffer whose parameter is still there in its shape is taken over, also under another rank or pattern; a factor
         also needs its rank and side.
@@ -155,15 +223,10 @@ class PowerSGDState:
             fits.
 
         Raises:
-            ValueError: if the format is unknown, or a parameter's shape differs from the saved one.
+            ValueError: if the format is unknown, an entry is missing or is not what `state_dict` writes, or a
+                parameter's shape differs from the saved one.
         """
-        version = state.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"The PowerSGD state has format version {version!r}; this version of lightning-powersgd reads"
-                f" {FORMAT_VERSION}. Use the version that wrote the checkpoint, or delete its 'powersgd' entry to start"
-                " with empty error buffers."
-            )
+        require_readable(state)
         saved: Mapping[str, Any] = state["parameters"]
         for slot in self.plan.slots:
             found = tuple(saved[slot.name]["shape"]) if slot.name in saved else slot.shape
@@ -177,7 +240,12 @@ class PowerSGDState:
         self.total_dense_bytes = state["total_dense_bytes"]
         self.total_sent_bytes = state["total_sent_bytes"]
         self.held = state["held"] if self.config.alternate else "right"
-        dropped = [f"{name}: no longer compressed" for name in saved if name not in self.factors]
+        self.loss_scale.fill_(state.get("loss_scale", 1.0))
+        dropped = [
+            f"{name}: no longer {'compressed' if name in self.parameters else 'in the model'}"
+            for name in saved
+            if name not in self.factors
+        ]
         for slot in self.plan.compressed:
             dropped += self._load_slot(slot, saved.get(slot.name))
         return dropped
@@ -199,15 +267,22 @@ class PowerSGDState:
     def to(self, device: torch.device) -> None:
         """Move the buffers to a device, as Lightning moves an optimizer's state when a fit ends."""
         self.device = device
+        self.loss_scale = self.loss_scale.to(device)
         self.errors = {name: error.to(device) for name, error in self.errors.items()}
         self.factors = {
             name: {side: factor.to(device) for side, factor in sides.items()} for name, sides in self.factors.items()
+        }
+        self.magnitudes = {
+            name: {side: magnitude.to(device) for side, magnitude in sides.items()}
+            for name, sides in self.magnitudes.items()
         }
 
     def _slot_state(self, slot: Slot, error_feedback: bool) -> dict[str, Any]:
         factors = {side: factor.clone() for side, factor in self.factors[slot.name].items()}
         factors["right"] = permute_columns(factors["right"], slot.shape, slot.order, to_shape_order=True)
-        entry = {"shape": list(slot.shape), "rank": slot.rank, "factors": factors}
+        entry: dict[str, Any] = {"shape": list(slot.shape), "rank": slot.rank, "factors": factors}
+        if slot.name in self.magnitudes:
+            entry["magnitudes"] = {side: magnitude.clone() for side, magnitude in self.magnitudes[slot.name].items()}
         if error_feedback and self.errors:
             entry["error"] = self.errors[slot.name]
         return entry
@@ -228,12 +303,83 @@ class PowerSGDState:
             elif side == self.held:
                 shape = None if found is None else tuple(found.shape)
                 dropped.append(f"{slot.name}: {side} factor of shape {shape} where {tuple(factor.shape)} is needed")
+        for side, magnitude in self.magnitudes.get(slot.name, {}).items():
+            found = saved.get("magnitudes", {}).get(side)
+            fits = found is not None and found.shape == magnitude.shape
+            magnitude.copy_(found if fits else torch.full_like(magnitude, _FIRST_MAGNITUDE))
+        if error is None and "error" in saved:
+            dropped.append(f"{slot.name}: an error buffer was saved, but `error_feedback` is off")
         if error is not None:
             if "error" in saved:
                 error.copy_(saved["error"])
             else:
                 dropped.append(f"{slot.name}: no error buffer saved")
         return dropped
+
+
+def require_readable(state: Mapping[str, Any]) -> None:
+    """Check that a state is one that this version of the package, or one that it can read, has written.
+
+    Raises:
+        ValueError: if the format is unknown, or what is in it is not what belongs there.
+    """
+    version = state.get("format_version") if hasattr(state, "get") else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"The PowerSGD state has format version {version!r}; this version of lightning-powersgd reads"
+            f" {FORMAT_VERSION}. Use the version that wrote the checkpoint, or delete its 'powersgd' entry to start"
+            " with empty error buffers."
+        )
+    for defect in _defects(state):
+        raise ValueError(
+            f"The PowerSGD state is damaged: {defect}. Resume from another checkpoint, or delete this one's 'powersgd'"
+            " entry to start with empty error buffers."
+        )
+
+
+def _defects(state: Mapping[str, Any]) -> Iterator[str]:
+    kinds = {"step": int, "averaged": bool, "total_dense_bytes": int, "total_sent_bytes": int, "parameters": Mapping}
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind):
+            yield f"{key!r} is {state.get(key)!r:.40}"
+    for key in ("step", "total_dense_bytes", "total_sent_bytes"):
+        if state[key] < 0:
+            yield f"{key!r} is {state[key]}"
+    if state.get("held") not in SIDES:
+        yield f"'held' is {state.get('held')!r:.40}"
+    loss_scale = state.get("loss_scale", 1.0)
+    if not isinstance(loss_scale, float) or not 0 < loss_scale < math.inf:
+        yield f"'loss_scale' is {loss_scale!r:.40}"
+    for name, entry in state["parameters"].items():
+        for defect in _slot_defects(entry):
+            yield f"{defect} of {name!r}"
+
+
+def _slot_defects(entry: Any) -> Iterator[str]:
+    if not isinstance(entry, Mapping):
+        yield f"{entry!r:.40} is the entry"
+    shape, rank, factors = entry.get("shape"), entry.get("rank"), entry.get("factors")
+    if not isinstance(shape, list) or len(shape) < 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+        yield f"{shape!r:.40} is the 'shape'"
+    if not isinstance(rank, int) or not 0 < rank <= min(shape[0], math.prod(shape[1:])):
+        yield f"{rank!r:.40} is the 'rank'"
+    if not isinstance(factors, Mapping) or not set(factors) <= set(SIDES):
+        yield f"{factors!r:.40} are the 'factors'"
+    magnitudes = entry.get("magnitudes", {})
+    if not isinstance(magnitudes, Mapping):
+        yield f"{magnitudes!r:.40} are the 'magnitudes'"
+    lengths = {"left": shape[0], "right": math.prod(shape[1:])}
+    expected = [(f"{side} factor", factor, (rank, lengths[side])) for side, factor in factors.items()]
+    expected += [(f"{side} magnitudes", magnitude, (rank, 1)) for side, magnitude in magnitudes.items()]
+    if "error" in entry:
+        expected.append(("'error'", entry["error"], tuple(shape)))
+    for what, tensor, size in expected:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            yield f"{tensor!r:.40} is the {what}"
+        if tuple(tensor.shape) != size:
+            yield f"{tuple(tensor.shape)} where {size} belongs is the shape of the {what}"
+        if not tensor.isfinite().all():
+            yield f"a value that is not finite is in the {what}"
 
 
 def other_side(side: Side) -> Side:

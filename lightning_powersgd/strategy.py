@@ -8,8 +8,10 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
+import lightning
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
@@ -26,15 +28,25 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_powersgd import native
-from lightning_powersgd.hook import GradientExchange, attach_powersgd, require_agreement
+from lightning_powersgd.agreement import (
+    all_ranks_come,
+    position_of,
+    repair_replicas,
+    replicas_agree,
+    require_agreement,
+)
+from lightning_powersgd.hook import GradientExchange, attach_powersgd
 from lightning_powersgd.metrics import CompressionMonitor
-from lightning_powersgd.plan import PowerSGDConfig, floating_dtype
+from lightning_powersgd.plan import PowerSGDConfig, floating_dtype, require_int
 from lightning_powersgd.state import require_values
 from lightning_powersgd.version import __version__
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "powersgd"
+
+# How long a rank that saves on an exception or a signal waits for ranks that may never come.
+PATIENCE = timedelta(seconds=10)
 
 # What cannot be had beside PowerSGD, and why.
 _CONFLICTS = {
@@ -76,6 +88,9 @@ class PowerSGDStrategy(DDPStrategy):
         prog_bar: show the compression ratio in the progress bar. Needs ``log_metrics``.
         checkpoint_error_feedback: put the error buffers into checkpoints: one buffer a compressed parameter at any
             number of ranks. Without them a resumed run loses what had not been sent yet.
+        check_replicas_every: synchronised backward passes after which the ranks compare a checksum of their parameters;
+            0 never does. If they differ, which processors of different kinds or unequal numbers of threads can bring
+            about, rank 0's parameters and optimizer states are given to all, with a warning.
         accelerator: as in ``DDPStrategy``; set by the trainer.
         parallel_devices: as in ``DDPStrategy``; set by the trainer.
         cluster_environment: as in ``DDPStrategy``; set by the trainer.
@@ -114,6 +129,7 @@ class PowerSGDStrategy(DDPStrategy):
         log_metrics: bool = True,
         prog_bar: bool = False,
         checkpoint_error_feedback: bool = True,
+        check_replicas_every: int = 100,
         *,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -154,6 +170,7 @@ class PowerSGDStrategy(DDPStrategy):
         )
         if prog_bar and not log_metrics:
             raise ValueError("`prog_bar=True` needs `log_metrics=True`. Set both, or leave the progress bar alone.")
+        require_int("check_replicas_every", check_replicas_every, minimum=0, remedy="Use 0 to never compare them.")
         if bucket_cap_mb is not None:
             if not bucket_cap_mb > 0:
                 raise ValueError(
@@ -175,10 +192,13 @@ class PowerSGDStrategy(DDPStrategy):
             **ddp_kwargs,
         )
         self.checkpoint_error_feedback = checkpoint_error_feedback
+        self.check_replicas_every = check_replicas_every
         self._monitor = CompressionMonitor(prog_bar=prog_bar) if log_metrics else None
         self._exchange: GradientExchange | None = None
         self._parameters: tuple[torch.nn.Parameter, ...] = ()
         self._trainable: tuple[bool, ...] = ()
+        self._next_check = 0
+        self._others_are_missing = False
 
     @classmethod
     @override
@@ -218,6 +238,8 @@ class PowerSGDStrategy(DDPStrategy):
             require_values(self.lightning_module.named_parameters())
             # Like the optimizers, a new fit starts afresh, unless a checkpoint is resumed.
             self._exchange = None
+            self._next_check = self.check_replicas_every
+            self._others_are_missing = False
             self._add_monitor(trainer)
         super().setup(trainer)
 
@@ -236,7 +258,10 @@ class PowerSGDStrategy(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only, and says nothing elsewhere.
         assert isinstance(self.model, DistributedDataParallel)
-        previous, self._exchange = self._exchange, attach_powersgd(self.model, self.config)
+        previous, self._exchange = (
+            self._exchange,
+            attach_powersgd(self.model, self.config, scaler=getattr(self.precision_plugin, "scaler", None)),
+        )
         state = self._exchange.state
         if previous is not None:
             state.load_state_dict(previous.state.state_dict())
@@ -246,21 +271,33 @@ class PowerSGDStrategy(DDPStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._follow_frozen_parameters()
+        self._check_replicas()
         return super().training_step(*args, **kwargs)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        self._others_are_missing = False
         # A weights-only checkpoint has no optimizer states, and none of ours either.
         if self._exchange is not None and "optimizer_states" in checkpoint:
             with_errors = self.checkpoint_error_feedback
-            if with_errors and self._interrupted():
-                # The other ranks may never come to the collective, and waiting for them would lose the file.
-                rank_zero_warn("A checkpoint saved on an exception holds no PowerSGD error buffers.")
+            self._others_are_missing = self._may_be_alone(filepath) and not self._all_ranks_come()
+            if with_errors and self._others_are_missing:
+                rank_zero_warn(
+                    "A checkpoint was saved on an exception or a signal without PowerSGD's error buffers: their mean"
+                    " needs every rank, and not all of them came to save in the same step."
+                )
                 with_errors = False
             if with_errors:
                 self._exchange.average_errors()
             checkpoint[CHECKPOINT_KEY] = self._exchange.state.state_dict(error_feedback=with_errors)
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        # The trainer calls this after a checkpoint. A rank that was alone in saving it would wait in vain.
+        if name == "Trainer.save_checkpoint" and self._others_are_missing:
+            return
+        super().barrier(name)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -301,18 +338,67 @@ class PowerSGDStrategy(DDPStrategy):
             # First, so that the progress bar shows this step's values.
             callbacks.insert(0, self._monitor)
 
-    def _interrupted(self) -> bool:
-        module = self.lightning_module
-        return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
+    def _check_replicas(self) -> None:
+        """Compare the replicas if it is time to, and give rank 0's to all if they differ."""
+        exchange = self._exchange
+        if exchange is None or not self.check_replicas_every or exchange.state.step < self._next_check:
+            return
+        step = exchange.state.step
+        self._next_check = step + self.check_replicas_every
+        group = exchange.process_group
+        if exchange.world_size == 1 or replicas_agree(exchange.state.parameters, group):
+            return
+        deviations = repair_replicas(exchange.state.parameters | self._optimizer_tensors(), group)
+        worst = max(deviations, key=lambda name: deviations[name], default="none")
+        rank_zero_warn(
+            f"After {step} steps the replicas were no longer equal: {len(deviations)} tensors deviated from rank 0's,"
+            f" most of all {worst!r}, by {deviations.get(worst, 0.0):.1e} of its norm. All ranks go on with rank 0's."
+            " Around 1e-6 it is rounding, from processors of different kinds or unequal numbers of threads, and does no"
+            " harm; more comes from code that changes parameters on each rank in its own way."
+        )
+
+    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """Give the optimizers' tensors, named in an order that is the same on every rank."""
+        assert self._exchange is not None
+        names = {parameter: name for name, parameter in self._exchange.state.parameters.items()}
+        return {
+            f"{key} of {name} in optimizer {index}": value
+            for index, optimizer in enumerate(self.optimizers)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if (name := names.get(parameter)) is not None
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def _may_be_alone(self, filepath: _PATH) -> bool:
+        """Whether a checkpoint is saved on an exception, or from SLURM's signal handler, anywhere in the program."""
+        assert self.lightning_module is not None
+        interrupted = self.lightning_module.trainer.state.status == TrainerStatus.INTERRUPTED
+        return interrupted or Path(filepath).name.startswith("hpc_ckpt")
+
+    def _all_ranks_come(self) -> bool:
+        """Whether all ranks save this checkpoint too, between the same two steps."""
+        exchange = self._exchange
+        assert exchange is not None
+        if exchange.world_size == 1:
+            return True
+        position = position_of(exchange.state.step, exchange.process_group)
+        return not exchange.exchanging and all_ranks_come(position, PATIENCE, exchange.process_group)
 
     def _fingerprint(self) -> dict[str, str]:
         """Describe what must be the same on every rank."""
         assert self.lightning_module is not None
-        fingerprint = {"the version of lightning_powersgd": __version__}
+        fingerprint = {
+            "the version of lightning_powersgd": __version__,
+            "the version of torch": torch.__version__,
+            "the version of lightning": lightning.__version__,
+        }
         fingerprint |= {f"the argument `{name}`": repr(value) for name, value in self.config.to_dict().items()}
         for name in ("find_unused_parameters", "static_graph", "bucket_cap_mb"):
             fingerprint[f"the argument `{name}`"] = repr(self._ddp_kwargs.get(name))
-        fingerprint["the argument `checkpoint_error_feedback`"] = repr(self.checkpoint_error_feedback)
+        for name in ("checkpoint_error_feedback", "check_replicas_every"):
+            fingerprint[f"the argument `{name}`"] = repr(getattr(self, name))
         if self.root_device.type == "cpu":
             # The averaged gradient is computed on each rank, and compiled code rounds otherwise than PyTorch's.
             arithmetic = "compiled code" if native.library() else "PyTorch's operations"

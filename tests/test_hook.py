@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from nets import attach, gradients, make_batches, make_net
 from ranks import Ranks, counted_all_reduce, gather_equal
 from reference import Reference
 from torch import Tensor, nn
@@ -17,32 +18,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as pytorch
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd
-from lightning_powersgd.hook import require_agreement
+from lightning_powersgd.agreement import require_agreement
 
 STEPS = 50
-
-
-def make_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 16, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16 * 36, 24), nn.Tanh(), nn.Linear(24, 20)]
-    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(20, 10)).to(dtype)
-
-
-def make_batches(steps: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    return [
-        (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(10, (4,), generator=generator))
-        for _ in range(steps)
-    ]
-
-
-def attach(net: nn.Module, bucket_cap_mb: float | None = None, ddp: dict[str, Any] | None = None, **config: Any):
-    model = DistributedDataParallel(net, bucket_cap_mb=bucket_cap_mb, **(ddp or {}))
-    return model, attach_powersgd(model, PowerSGDConfig(**config))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def train(
@@ -459,58 +437,6 @@ def _zero_then_not(alternate: bool) -> tuple[float, float]:
     exact = torch.outer(torch.ones(30), x[0])
     # A gradient of rank one is found by one power iteration, unless the zero gradient took the direction's place.
     return zero, float(F.cosine_similarity(model.module.weight.grad.flatten(), exact.flatten(), dim=0))
-
-
-@pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize("name", ["3.weight", "7.bias"], ids=["compressed", "sent whole"])
-def test_a_step_that_is_not_finite_is_seen_by_all_and_remembered_by_none(two_ranks, name, value, alternate):
-    assert all(two_ranks.run(_recovers, name, value, alternate))
-
-
-def _recovers(name: str, value: float, alternate: bool) -> bool:
-    """Run five steps; once with a bad one in between. Every step after it must be what it would have been."""
-    runs = []
-    for bad_step in (None, 2):
-        model, _ = attach(make_net(), bucket_cap_mb=0.001, alternate=alternate)
-        grads = []
-        for step, (x, y) in enumerate(make_batches(5)):
-            if step == bad_step:
-                # Only on the last rank, in a backward pass of its own.
-                handle = None
-                if dist.get_rank() == dist.get_world_size() - 1:
-                    handle = model.module.get_parameter(name).register_hook(lambda g: torch.full_like(g, value))
-                model.zero_grad()
-                F.cross_entropy(model(x), y).backward()
-                assert not model.module.get_parameter(name).grad.isfinite().all(), "this rank did not notice"
-                if handle:
-                    handle.remove()
-            model.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            grads.append(gradients(model))
-        runs.append(grads)
-    return all(torch.equal(a[name], b[name]) for a, b in zip(*runs, strict=True) for name in a)
-
-
-@pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
-def test_an_overflow_on_the_wire_is_remembered_by_none(two_ranks, alternate):
-    assert all(two_ranks.run(_overflows_on_the_wire, alternate))
-
-
-def _overflows_on_the_wire(alternate: bool) -> bool:
-    """All gradients are finite, but the factors of one step do not fit into float16."""
-    model, exchange = attach(nn.Linear(64, 256, bias=False), comm_dtype="float16", alternate=alternate)
-    before = []
-    for scale in (1.0, 1.0, 5e4, 1.0):
-        before.append(copy.deepcopy(exchange.state.state_dict()["parameters"]))
-        model.zero_grad()
-        (model(torch.ones(4, 64)) * scale).sum().backward()
-    kept = all(torch.equal(a, b) for a, b in zip(_tensors(before[2]), _tensors(before[3]), strict=True))
-    return kept and bool(model.module.weight.grad.isfinite().all())
-
-
-def _tensors(parameters: dict[str, Any]) -> list[Tensor]:
-    return [tensor for entry in parameters.values() for tensor in (entry["error"], *entry["factors"].values())]
 
 
 def test_gradients_accumulate_and_only_synchronised_passes_count(two_ranks):

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 import lightning_powersgd
 from lightning_powersgd import PowerSGDStrategy
 
-ROOMS_BELOW = ("native", "linalg", "plan", "state", "hook")
+ROOMS_BELOW = ("native", "linalg", "plan", "state", "agreement", "hook")
 NAMES = [
     f"powersgd{suffix}{ending}"
     for suffix in ("", "_spawn", "_fork", "_notebook")

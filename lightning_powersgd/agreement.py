@@ -1,0 +1,139 @@
+"""What the ranks must have in common, made sure of outside the exchange of gradients.
+
+Their settings, before the first step; their parameters, now and then; and their presence, before a checkpoint that some
+of them may never come to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
+
+
+def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGroup | None = None) -> None:
+    """Compare settings over all ranks, so that a difference ends in one clear error instead of a hang in a collective.
+
+    Args:
+        settings: what every rank must have alike, by name. Every rank must call this.
+        process_group: the ranks; ``None`` is the default group.
+
+    Raises:
+        RuntimeError: on every rank, naming the first difference.
+    """
+    everyone: list[Mapping[str, str]] = [{}] * dist.get_world_size(process_group)
+    dist.all_gather_object(everyone, settings, group=process_group)
+    for rank, theirs in enumerate(everyone):
+        for name in {**everyone[0], **theirs}:
+            if everyone[0].get(name) != theirs.get(name):
+                raise RuntimeError(
+                    f"The ranks disagree on {name}: rank 0 has {everyone[0].get(name, 'none')}, rank {rank} has"
+                    f" {theirs.get(name, 'none')}. Start every rank with the same code, package versions and arguments."
+                )
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Add up the bits of tensors, so that equal ones give equal sums on any machine. One pass, at the speed of memory.
+
+    Args:
+        tensors: by name, all on one device; the order counts.
+
+    Returns:
+        An int64 scalar on their device.
+    """
+    sums = []
+    for weight, tensor in enumerate(tensors.values()):
+        octets = tensor.detach().contiguous().flatten().view(torch.uint8)
+        # Eight at a time where they lie so that this can be.
+        whole = 0 if octets.storage_offset() % 8 else len(octets) // 8 * 8
+        bits = octets[:whole].view(torch.int64).sum() + octets[whole:].sum()
+        sums.append(bits * (2 * weight + 1))
+    return torch.stack(sums).sum()
+
+
+def replicas_agree(tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> bool:
+    """Whether tensors are the same on all ranks, bit for bit. Costs a checksum and a collective of 16 bytes.
+
+    Args:
+        tensors: by name, all on one device. Every rank must call this.
+        process_group: the ranks; ``None`` is the default group.
+    """
+    if not tensors:
+        return True
+    own = checksum(tensors)
+    largest = torch.stack((own, -own))
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
+    return bool(largest[0] == -largest[1])
+
+
+def repair_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """Give every rank the first rank's tensors.
+
+    Args:
+        tensors: by name; overwritten. Every rank must call this.
+        process_group: the ranks; ``None`` is the default group.
+
+    Returns:
+        By name, the largest deviation of any rank, relative to the norm; of those only that deviated. The same on every
+        rank.
+    """
+    first = dist.get_global_rank(process_group, 0) if process_group is not None else 0
+    device = next((tensor.device for tensor in tensors.values() if not tensor.is_cpu), torch.device("cpu"))
+    deviations = torch.zeros(len(tensors), device=device)
+    for index, tensor in enumerate(tensors.values()):
+        right = tensor.detach().to(device, copy=True).contiguous()
+        dist.broadcast(right, first, group=process_group)
+        wide = right.double()
+        distance = (tensor.detach().to(device).double() - wide).norm() / wide.norm().clamp(min=1e-30)
+        deviations[index] = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
+        tensor.detach().copy_(right)
+    dist.all_reduce(deviations, dist.ReduceOp.MAX, group=process_group)
+    return {name: value for name, value in zip(tensors, deviations.tolist(), strict=True) if value}
+
+
+def all_ranks_come(position: str, patience: timedelta, process_group: dist.ProcessGroup | None = None) -> bool:
+    """Ask whether every rank is here, without waiting forever for those that are not, and without a collective.
+
+    For moments when some ranks may be stuck elsewhere, or dead. All ranks get the same answer.
+
+    Args:
+        position: what the ranks must have reached together. A second question about the same position gets the same
+            answer.
+        patience: how long the first rank waits for the others; these wait twice as long for its answer.
+        process_group: the ranks; ``None`` is the default group.
+    """
+    store = PrefixStore(f"lightning_powersgd/{position}", _get_default_store())
+    rank, others = dist.get_rank(process_group), range(1, dist.get_world_size(process_group))
+    if rank == 0:
+        if not store.check(["answer"]):
+            came = _came(store, [str(other) for other in others], patience)
+            store.set("answer", "all" if came else "not all")
+    else:
+        # A rank that gives up must say so before the first one has counted it, and be held to its word after.
+        store.compare_set(str(rank), "", "here")
+        try:
+            store.wait(["answer"], 2 * patience)
+        except RuntimeError:
+            if store.compare_set(str(rank), "here", "gone") == b"gone":
+                return False
+    return store.get("answer") == b"all"
+
+
+def _came(store: Store, ranks: list[str], patience: timedelta) -> bool:
+    try:
+        store.wait(ranks, patience)
+    except RuntimeError:
+        return False
+    return all(store.compare_set(rank, "here", "counted") == b"counted" for rank in ranks)
+
+
+def position_of(step: int, process_group: dist.ProcessGroup | None = None) -> str:
+    """Name a point of a run: the step, and how many collectives came before. No two points have the same name."""
+    group = process_group or dist.group.WORLD
+    assert group is not None
+    return f"{step}/{group._get_sequence_number_for_group()}"  # type: ignore[attr-defined]
