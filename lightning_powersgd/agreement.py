@@ -49,8 +49,9 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
     sums = []
     for weight, tensor in enumerate(tensors.values()):
         octets = tensor.detach().contiguous().flatten().view(torch.uint8)
-        # Eight at a time where they lie so that this can be.
-        whole = 0 if octets.storage_offset() % 8 else len(octets) // 8 * 8
+        if octets.storage_offset() % 8:
+            octets = octets.clone()  # or it could not be read eight at a time
+        whole = len(octets) // 8 * 8
         bits = octets[:whole].view(torch.int64).sum() + octets[whole:].sum()
         sums.append(bits * (2 * weight + 1))
     return torch.stack(sums).sum()

@@ -141,7 +141,9 @@ def project(
     if error is not None and not (library and error.dtype == matrix.dtype and isinstance(scale, float)):
         add_scaled(matrix, error, scale)
         error = None
-    product = out if out.dtype == matrix.dtype else torch.empty_like(out, dtype=matrix.dtype)
+    # BLAS on a CPU also rounds by where its result lies, and that is elsewhere in other groups.
+    direct = out.dtype == matrix.dtype and (library or not matrix.is_cpu)
+    product = out if direct else torch.empty_like(out, dtype=matrix.dtype)
     if library:
         native.project(library, matrix, basis, product, error, 1.0 if error is None else float(scale))
     elif len(basis) == 1 and matrix.is_cpu:

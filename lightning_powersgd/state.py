@@ -83,6 +83,8 @@ class PowerSGDState:
         self.config = config
         self.plan: Plan = make_plan(named, config, group_bytes)
         self.parameters = {parameter_name(name): parameter for name, parameter in named if parameter.requires_grad}
+        self._frozen = {parameter_name(name) for name, parameter in named if not parameter.requires_grad}
+        self._waiting: dict[str, Any] = {}
         self.device = _common_device(self.parameters)
         self.step = 0
         self.averaged = True
@@ -206,7 +208,8 @@ class PowerSGDState:
             "loss_scale": float(self.loss_scale),
             "total_dense_bytes": self.total_dense_bytes,
             "total_sent_bytes": self.total_sent_bytes,
-            "parameters": {slot.name: self._slot_state(slot, error_feedback) for slot in self.plan.compressed},
+            "parameters": self._waiting
+            | {slot.name: self._slot_state(slot, error_feedback) for slot in self.plan.compressed},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -241,10 +244,12 @@ class PowerSGDState:
         self.total_sent_bytes = state["total_sent_bytes"]
         self.held = state["held"] if self.config.alternate else "right"
         self.loss_scale.fill_(state.get("loss_scale", 1.0))
+        # What is frozen now may be unfrozen later, and then finds here what it had.
+        self._waiting = {name: entry for name, entry in saved.items() if name in self._frozen}
         dropped = [
             f"{name}: no longer {'compressed' if name in self.parameters else 'in the model'}"
             for name in saved
-            if name not in self.factors
+            if name not in self.factors and name not in self._waiting
         ]
         for slot in self.plan.compressed:
             dropped += self._load_slot(slot, saved.get(slot.name))

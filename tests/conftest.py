@@ -4,7 +4,7 @@ and last, programs started as a user starts them. A test that needs a GPU says s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,16 +17,21 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def two_ranks() -> Iterator[Ranks]:
-    """Two gloo ranks."""
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Any number of gloo ranks."""
+    groups: dict[int, Ranks] = {}
+    yield lambda world_size: groups.setdefault(world_size, Ranks(world_size))
+    for group in groups.values():
+        group.stop()
 
 
 @pytest.fixture(scope="session")
-def four_ranks() -> Iterator[Ranks]:
+def two_ranks(ranks: Callable[[int], Ranks]) -> Ranks:
+    """Two gloo ranks."""
+    return ranks(2)
+
+
+@pytest.fixture(scope="session")
+def four_ranks(ranks: Callable[[int], Ranks]) -> Ranks:
     """Four gloo ranks."""
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
+    return ranks(4)

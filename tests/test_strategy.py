@@ -6,6 +6,7 @@ import contextlib
 import csv
 import logging
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -753,29 +754,46 @@ def test_files_of_one_step_resume_alike_on_three_ranks(request, tmp_path):
         ranks.stop()
 
 
-def test_a_checkpoint_on_an_exception_is_written_without_waiting(fit, tmp_path):
-    for text in fit(_fail_and_save):
-        assert "holds no PowerSGD error buffers" in text
+def test_a_checkpoint_on_an_exception_of_all_ranks_is_complete(fit, tmp_path):
+    means = fit(_fail_and_save, everywhere=True)
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["powersgd"]
+    assert saved["step"] == 3
+    assert saved["averaged"]
+    for name, entry in saved["parameters"].items():
+        assert torch.equal(entry["error"], means[0][name])
+        assert torch.equal(entry["error"], means[1][name])
+
+
+def test_a_rank_that_fails_alone_saves_without_the_others(fit, tmp_path):
+    fit(_fail_and_save, everywhere=False)
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["powersgd"]
     assert saved["step"] == 3
     assert all("error" not in entry for entry in saved["parameters"].values())
 
 
-def _fail_and_save(root: str) -> str:
+def _fail_and_save(root: str, everywhere: bool) -> dict[str, Tensor]:
     class Fail(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-            if batch_idx == 3:
+        def on_fit_end(self, trainer, pl_module) -> None:
+            if everywhere or trainer.global_rank == 0:
                 raise RuntimeError("failed")
 
-    run = trainer(root=root, max_epochs=1, callbacks=[Fail(), OnExceptionCheckpoint(root)], enable_checkpointing=True)
+    run = trainer(
+        root=root,
+        max_epochs=1,
+        limit_train_batches=3,
+        callbacks=[Fail(), OnExceptionCheckpoint(root)],
+        enable_checkpointing=True,
+    )
+    fails = everywhere or run.global_rank == 0
     with (
-        mock.patch.object(GradientExchange, "average_errors") as average,
+        mock.patch("lightning_powersgd.strategy.PATIENCE", timedelta(seconds=120 if everywhere else 0.1)),
         messages() as said,
-        pytest.raises(RuntimeError, match="failed"),
+        pytest.raises(RuntimeError, match="failed") if fails else contextlib.nullcontext(),
     ):
         run.fit(Classifier(), loader())
-    average.assert_not_called()
-    return "\n".join(said) if dist.get_rank() == 0 else "holds no PowerSGD error buffers"
+    if dist.get_rank() == 0:
+        assert any("without PowerSGD's error buffers" in message for message in said) != everywhere
+    return run.strategy.exchange.state.errors
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name(two_ranks, tmp_path):

@@ -1,0 +1,122 @@
+"""Tiers one and two: what the ranks must have in common."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import gather_equal
+
+from lightning_powersgd.agreement import (
+    all_ranks_come,
+    checksum,
+    position_of,
+    repair_replicas,
+    replicas_agree,
+    require_agreement,
+)
+
+TENSORS = {
+    "matrix": torch.arange(12.0).view(3, 4),
+    "odd": torch.arange(7, dtype=torch.bfloat16),
+    "channels_last": torch.arange(48.0).view(2, 3, 2, 4).to(memory_format=torch.channels_last),
+    "scalar": torch.tensor(3.0, dtype=torch.float64),
+    "empty": torch.empty(0, 5),
+    "unaligned": torch.arange(10.0)[1:],
+    "strided": torch.arange(20.0)[::2],
+}
+
+
+def copies() -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in TENSORS.items()}
+
+
+def test_equal_tensors_have_equal_checksums():
+    assert checksum(TENSORS) == checksum(copies())
+
+
+@pytest.mark.parametrize("name", [name for name in TENSORS if name != "empty"])
+def test_the_last_bit_of_any_tensor_changes_the_checksum(name):
+    changed = copies()
+    last = (-1,) * changed[name].dim()
+    changed[name][last] = torch.nextafter(changed[name][last], torch.full_like(changed[name][last], 1e9))
+    assert checksum(changed) != checksum(TENSORS)
+
+
+def test_tensors_that_changed_places_change_the_checksum():
+    a, b = torch.zeros(3), torch.ones(3)
+    assert checksum({"a": a, "b": b}) != checksum({"a": b, "b": a})
+
+
+@pytest.mark.parametrize("drifted", [[], [0], [1], [3], [1, 2, 3], [0, 1, 2, 3]])
+def test_replicas_that_drifted_are_found_and_repaired(four_ranks, drifted):
+    for agreed, deviations, equal in four_ranks.run(_drift, drifted):
+        assert agreed == (not drifted)
+        assert set(deviations) == ({"matrix", "odd"} if drifted else set())
+        assert all(1e-8 < deviation < 1e-2 for deviation in deviations.values())
+        assert equal
+
+
+def _drift(drifted: list[int]) -> tuple[bool, dict[str, float], bool]:
+    tensors = copies()
+    if dist.get_rank() in drifted:
+        tensors["matrix"][1, 2] *= 1 + 2**-20 * (1 + dist.get_rank())
+        tensors["odd"][3] *= 1 + 2**-7 * (1 + dist.get_rank())
+    agreed = replicas_agree(tensors)
+    deviations = repair_replicas(tensors)
+    return agreed, deviations, gather_equal(list(tensors.values())) and replicas_agree(tensors)
+
+
+def test_a_replica_that_is_not_finite_deviates_without_end(two_ranks):
+    for deviations in two_ranks.run(_not_finite):
+        assert deviations == {"a": float("inf")}
+
+
+def _not_finite() -> dict[str, float]:
+    return repair_replicas({"a": torch.full((3,), torch.nan if dist.get_rank() else 1.0), "b": torch.ones(2)})
+
+
+def test_nothing_to_compare_agrees(two_ranks):
+    assert two_ranks.run(replicas_agree, {}) == [True, True]
+
+
+def test_all_ranks_that_come_hear_so(four_ranks):
+    assert four_ranks.run(_come, missing=[], patience=60) == [True] * 4
+
+
+@pytest.mark.parametrize("missing", [[3], [1, 2], [0]])
+def test_nobody_waits_long_for_ranks_that_do_not_come(four_ranks, missing):
+    assert four_ranks.run(_come, missing=missing, patience=0.2) == [False] * 4
+
+
+def _come(missing: list[int], patience: float) -> bool:
+    # A collective before, so that this is a position of its own.
+    dist.barrier()
+    position = position_of(7)
+    here = dist.get_rank() not in missing
+    answer = here and all_ranks_come(position, timedelta(seconds=patience))
+    dist.barrier()
+    # Those who come when it is over hear what the others heard.
+    if dist.get_rank() != 0 or here:
+        assert all_ranks_come(position, timedelta(seconds=patience)) == answer or 0 in missing
+    dist.barrier()
+    return answer
+
+
+def test_ranks_at_different_steps_do_not_meet(two_ranks):
+    assert two_ranks.run(_come_at_different_steps) == [False, False]
+
+
+def _come_at_different_steps() -> bool:
+    return all_ranks_come(position_of(10 + dist.get_rank()), timedelta(seconds=0.2))
+
+
+def test_ranks_that_disagree_are_all_told_how(two_ranks):
+    for text in two_ranks.run_to_errors(_disagree):
+        assert "The ranks disagree on the argument `rank`: rank 0 has 1, rank 1 has 2." in text
+
+
+def _disagree() -> None:
+    require_agreement({"the argument `rank`": str(1 + dist.get_rank())})
