@@ -4,7 +4,8 @@ and last, programs started as a user starts them. A test that needs a GPU says s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,3 +31,13 @@ def four_ranks() -> Iterator[Ranks]:
     ranks = Ranks(4)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture
+def fit(two_ranks, tmp_path) -> Callable[..., list[Any]]:
+    """Run a function on both ranks with a directory of its own."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        return two_ranks.run(function, str(tmp_path), *args, **kwargs)
+
+    return run
