@@ -5,6 +5,7 @@ and last, programs started as a user starts them. A test that needs a GPU says s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -35,3 +36,13 @@ def two_ranks(ranks: Callable[[int], Ranks]) -> Ranks:
 def four_ranks(ranks: Callable[[int], Ranks]) -> Ranks:
     """Four gloo ranks."""
     return ranks(4)
+
+
+@pytest.fixture
+def fit(two_ranks, tmp_path) -> Callable[..., list[Any]]:
+    """Run a function on both ranks with a directory of its own."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        return two_ranks.run(function, str(tmp_path), *args, **kwargs)
+
+    return run

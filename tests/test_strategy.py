@@ -41,16 +41,6 @@ from lightning_powersgd import (
 )
 
 
-@pytest.fixture
-def fit(two_ranks, tmp_path):
-    """Run a function on both ranks with a directory of its own."""
-
-    def run(function, *args: Any, **kwargs: Any) -> list[Any]:
-        return two_ranks.run(function, str(tmp_path), *args, **kwargs)
-
-    return run
-
-
 class Steps(Callback):
     """Notes, at every optimizer step, the exchange's step and the norm of the gradients."""
 
