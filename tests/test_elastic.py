@@ -86,7 +86,6 @@ def test_a_run_goes_on_at_any_number_of_ranks(ranks, tmp_path, path, config):
 def test_in_single_precision_the_runs_stay_close(ranks, tmp_path):
     expected = follow(ranks, tmp_path / "uninterrupted", [(4, 70)], {}, "32-true")
     found = follow(ranks, tmp_path / "interrupted", [(4, 20), (2, 70)], {}, "32-true")
-    print("DEV", deviation(found, expected))
     assert deviation(found, expected) < 1e-2
 
 

@@ -1,4 +1,4 @@
-"""Tier two: loss scales, narrow dtypes and steps that are not finite, on two real ranks."""
+"""Tiers two and three: loss scales, narrow dtypes and steps that are not finite, on two real ranks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.plugins import MixedPrecision
+from models import Classifier, loader, replicas_agree, trainer
 from nets import attach, gradients, make_batches, make_net
 from ranks import gather_equal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from lightning_powersgd import PowerSGDStrategy
 
 ALTERNATE = pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
 
@@ -242,3 +247,118 @@ def _count_questions(comm_dtype: str | None, alternate: bool) -> list[int]:
                 exchange.state.held  # noqa: B018
         counts.append(questions.asked)
     return counts
+
+
+# Whole runs
+
+
+GOOD_STEPS = 500
+
+
+class Repeats(Classifier):
+    """Takes the next batch only when the last one gave finite gradients, and spoils some of them on one rank.
+
+    So a run with overflows makes the same steps as one without.
+    """
+
+    def __init__(self, spoiled: set[int]) -> None:
+        super().__init__(optimizer="adamw", lr=0.003)
+        self.spoiled, self.batch = spoiled, 0
+        self.finite: list[bool] = []
+        self.scales: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = (data[self.trainer.global_rank :: 2] for data in learnable(seed=self.batch))
+        loss = F.cross_entropy(self(x), y)
+        self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
+        rank = batch_idx % 2
+        return loss * float("inf") if batch_idx in self.spoiled and rank == self.trainer.global_rank else loss
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        optimizer.param_groups[0]["lr"] = self.lr * (1 - self.batch / GOOD_STEPS)
+        finite = all(bool(p.grad.isfinite().all()) for p in self.parameters())
+        self.finite.append(finite)
+        self.batch += finite
+        self.trainer.should_stop = self.batch == GOOD_STEPS
+
+
+def learnable(seed: int, samples: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 32, generator=generator)
+    return x, (x[:, :10] + x[:, 10:20]).argmax(dim=1)
+
+
+@ALTERNATE
+def test_a_hundred_overflows_do_not_change_a_mixed_precision_run(fit, alternate):
+    spoiled = set(torch.randperm(600, generator=torch.Generator().manual_seed(0))[:100].tolist())
+    for (clean, *_), (loss, finite, scales, agree) in fit(_overflow, spoiled, alternate):
+        assert [index for index, good in enumerate(finite) if not good] == sorted(spoiled)
+        assert len(set(scales)) > 5, "the loss scale did not change"
+        assert agree
+        assert clean < 0.9, "nothing was learnt"
+        assert loss == pytest.approx(clean, rel=0.005)
+
+
+def _overflow(root: str, spoiled: set[int], alternate: bool) -> list[tuple[float, list[bool], list[float], bool]]:
+    return [_mixed_run(root, bad, alternate) for bad in (set(), spoiled)]
+
+
+def _mixed_run(root: str, spoiled: set[int], alternate: bool) -> tuple[float, list[bool], list[float], bool]:
+    model = Repeats(spoiled)
+    # It grows about as often as it falls where a sixth of the steps overflows.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=4 if spoiled else 2000)
+    run = trainer(
+        PowerSGDStrategy(alternate=alternate, log_metrics=False),
+        root=root,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        max_epochs=1,
+    )
+    run.fit(model, DataLoader(torch.zeros(2000)))
+    assert sum(model.finite) == GOOD_STEPS
+    x, y = learnable(seed=-1, samples=2048)
+    with torch.no_grad():
+        loss = float(F.cross_entropy(model(x), y))
+    return loss, model.finite, model.scales, replicas_agree(model)
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-mixed", "bf16-true", "64-true"])
+@ALTERNATE
+def test_any_precision_learns(fit, precision, alternate):
+    for loss, agree, dtype in fit(_learn, precision, alternate):
+        assert loss < 1.5
+        assert agree
+        assert dtype == {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}.get(
+            precision, torch.float32
+        )
+
+
+def _learn(root: str, precision: str, alternate: bool) -> tuple[float, bool, torch.dtype]:
+    model = Classifier()
+    run = trainer(PowerSGDStrategy(alternate=alternate), root=root, precision=precision, max_epochs=8)
+    run.fit(model, loader())
+    return float(run.callback_metrics["train_loss"]), replicas_agree(model), next(model.parameters()).dtype
+
+
+def test_a_checkpoint_of_a_scaled_run_goes_on_without_a_scale(fit):
+    for norms in fit(_resume_scaled):
+        assert norms[0] == pytest.approx(norms[1], rel=0.02), "float16 rounds the two runs differently"
+
+
+def _resume_scaled(root: str) -> list[float]:
+    """Give the norm of the errors after eight scaled steps, at two scales, and one that is not scaled."""
+    norms = []
+    for scale in (2.0**6, 2.0**12):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        run = trainer(root=root, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], max_steps=8, max_epochs=-1)
+        run.fit(Classifier(), loader(shuffle=False))
+        assert float(run.strategy.exchange.state.loss_scale) == scale
+        run.save_checkpoint(f"{root}/{scale}.ckpt")
+        run = trainer(root=root, max_steps=9, max_epochs=-1)
+        run.fit(Classifier(), loader(shuffle=False), ckpt_path=f"{root}/{scale}.ckpt")
+        assert float(run.strategy.exchange.state.loss_scale) == 1.0
+        norms.append(_norm(run.strategy.exchange.state.errors.values()))
+    return norms
+
+
+def _norm(tensors: Any) -> float:
+    return float(sum(tensor.double().square().sum() for tensor in tensors)) ** 0.5

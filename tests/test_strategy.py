@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_utilities.core.imports import RequirementCache
 from models import Classifier, loader, replicas_agree, trainer
-from ranks import Ranks, counted_all_reduce
+from ranks import Ranks, counted_all_reduce, gather_equal
 from torch import Tensor, nn
 
 from lightning_powersgd import (
@@ -784,6 +784,91 @@ def _fail_and_save(root: str, everywhere: bool) -> dict[str, Tensor]:
     if dist.get_rank() == 0:
         assert any("without PowerSGD's error buffers" in message for message in said) != everywhere
     return run.strategy.exchange.state.errors
+
+
+def test_a_frozen_parameter_finds_its_errors_again(fit):
+    """Frozen in the middle of a run, saved, resumed while it is still frozen, and unfrozen then."""
+    for before, waiting, after in fit(_freeze_and_unfreeze):
+        assert before.norm() > 0
+        assert torch.equal(before, waiting)
+        assert torch.equal(before, after)
+
+
+def _freeze_and_unfreeze(root: str) -> list[Tensor]:
+    seen = []
+
+    class Freeze(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 4:
+                seen.append(trainer.strategy.exchange.state.errors["net.0.weight"].clone())
+            pl_module.net[0].weight.requires_grad_(trainer.global_step not in range(4, 9))
+
+        def on_before_backward(self, trainer, pl_module, loss) -> None:
+            if trainer.global_step == 9:
+                seen.append(trainer.strategy.exchange.state.errors["net.0.weight"].clone())
+
+    class FrozenAtFirst(Classifier):
+        def on_load_checkpoint(self, checkpoint) -> None:
+            self.net[0].weight.requires_grad_(False)
+
+    def run(model: Classifier, steps: int, path: str | None) -> None:
+        run = trainer(root=root, max_steps=steps, max_epochs=-1, callbacks=[Freeze()])
+        run.fit(model, loader(), ckpt_path=path)
+        run.strategy.exchange.average_errors()
+        run.save_checkpoint(f"{root}/{steps}.ckpt")
+
+    run(Classifier(), 4, None)
+    seen.append(torch.load(f"{root}/4.ckpt", weights_only=True)["powersgd"]["parameters"]["net.0.weight"]["error"])
+    run(Classifier(), 6, f"{root}/4.ckpt")
+    seen.append(torch.load(f"{root}/6.ckpt", weights_only=True)["powersgd"]["parameters"]["net.0.weight"]["error"])
+    run(FrozenAtFirst(), 10, f"{root}/6.ckpt")
+    return [seen[0], seen[2], seen[3]]
+
+
+# Replicas
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_replicas_that_drift_are_found_and_repaired(fit, optimizer):
+    for said, agree, momentum, step in fit(_drift, check_replicas_every=4, optimizer=optimizer):
+        assert (agree, momentum) == (True, True)
+        assert step == 20
+        if said is not None:
+            assert "After 8 steps the replicas were no longer equal" in said[0]
+            assert "'net.2.weight', by" in said[0]
+            assert len(said) == 1, "once repaired, they stay equal"
+
+
+def test_nobody_looks_for_drift_when_told_not_to(fit):
+    for said, agree, _, _ in fit(_drift, check_replicas_every=0):
+        assert not agree
+        assert not said
+
+
+def _drift(root: str, check_replicas_every: int, optimizer: str = "sgd") -> tuple[list[str] | None, bool, bool, int]:
+    class Drift(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 6 and trainer.global_rank == 1:
+                pl_module.net[2].weight.data[3, 5] += 1e-4
+
+    model = Classifier(optimizer=optimizer, lr=0.01)
+    run = Trainer(
+        strategy=PowerSGDStrategy(check_replicas_every=check_replicas_every),
+        accelerator="cpu",
+        devices=2,
+        max_steps=20,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[Drift()],
+        default_root_dir=root,
+    )
+    with messages() as said:
+        run.fit(model, loader())
+    mine = [value for state in run.optimizers[0].state.values() for value in state.values() if torch.is_tensor(value)]
+    drift = [line for line in said if "no longer equal" in line]
+    return drift if dist.get_rank() == 0 else None, replicas_agree(model), gather_equal(mine), run.global_step
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_name(two_ranks, tmp_path):
