@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from reference import Reference
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as pytorch_powersgd
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd
+from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd, native
 
 STEPS = 50
 
@@ -143,6 +146,48 @@ def test_twenty_of_twenty_runs_finish_and_agree(four_ranks, bucket_cap_mb):
 
 def _train_twenty_times(bucket_cap_mb: float | None) -> list[bool]:
     return [train(steps=4, bucket_cap_mb=bucket_cap_mb, alternate=bool(run % 2))["equal"] for run in range(20)]
+
+
+class Temporaries(TorchDispatchMode):
+    """Notes the size of the largest tensor in memory of its own that an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [tensor for tensor in (*args, *kwargs.values()) if isinstance(tensor, Tensor)]
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.largest = max(self.largest, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled code", "PyTorch's operations"])
+def test_a_step_makes_no_dense_temporary(two_ranks, compiled, alternate):
+    for largest, matrix in two_ranks.run(_largest_temporary, compiled, alternate):
+        assert 0 < largest <= matrix / 40, "a factor of rank 2 is a hundredth of the matrix"
+
+
+def _largest_temporary(compiled: bool, alternate: bool) -> tuple[int, int]:
+    model, _ = attach(nn.Linear(400, 400, bias=False), alternate=alternate)
+    temporaries = Temporaries()
+    with contextlib.nullcontext() if compiled else mock.patch.object(native, "library", return_value=None):
+        for _ in range(3):
+            model.zero_grad()
+            loss = model(torch.ones(1, 400)).sum()
+            reduce = GradientExchange.reduce_bucket
+
+            def watched(*args: Any, reduce=reduce) -> Any:
+                with temporaries:
+                    return reduce(*args)
+
+            with mock.patch.object(GradientExchange, "reduce_bucket", watched):
+                loss.backward()
+    return temporaries.largest, model.module.weight.nbytes
 
 
 def test_many_buckets_are_many_groups(two_ranks):

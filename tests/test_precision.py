@@ -262,7 +262,7 @@ class Repeats(Classifier):
     """
 
     def __init__(self, spoiled: set[int]) -> None:
-        super().__init__(optimizer="adamw", lr=0.003)
+        super().__init__(lr=0.02)
         self.spoiled, self.batch = spoiled, 0
         self.finite: list[bool] = []
         self.scales: list[float] = []
@@ -306,7 +306,7 @@ def _overflow(root: str, spoiled: set[int], alternate: bool) -> list[tuple[float
 def _mixed_run(root: str, spoiled: set[int], alternate: bool) -> tuple[float, list[bool], list[float], bool]:
     model = Repeats(spoiled)
     # It grows about as often as it falls where a sixth of the steps overflows.
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=4 if spoiled else 2000)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**13, growth_interval=4 if spoiled else 2000)
     run = trainer(
         PowerSGDStrategy(alternate=alternate, log_metrics=False),
         root=root,
