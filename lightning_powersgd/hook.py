@@ -146,8 +146,7 @@ class GradientExchange:
         if self.world_size > 1:
             self.state.dense_bytes += bucket.buffer().nbytes
         if self.alone:
-            future = self._new_future()
-            future.set_result(bucket.buffer())
+            future = self._done(bucket.buffer())
         else:
             future = self._compress(bucket) if self.state.compressing else self._average(bucket)
         if bucket.is_last():
@@ -224,13 +223,16 @@ class GradientExchange:
     def _new_future(self) -> Future[Tensor]:
         return Future(devices=[self._device] if self._device.type == "cuda" else None)
 
+    def _done(self, buffer: Tensor) -> Future[Tensor]:
+        future = self._new_future()
+        future.set_result(buffer)
+        return future
+
     def _average(self, bucket: GradBucket) -> Future[Tensor]:
         """Average a bucket as DDP does without a hook, to the last bit: divide, then sum, in place."""
         work = self.all_reduce(bucket.buffer().div_(self.world_size))
         if work is None:
-            future = self._new_future()
-            future.set_result(bucket.buffer())
-            return future
+            return self._done(bucket.buffer())
         return work.get_future().then(lambda done: done.value()[0])
 
     def _compress(self, bucket: GradBucket) -> Future[Tensor]:
