@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -290,7 +292,8 @@ class PowerSGDStrategy(DDPStrategy):
             if with_errors:
                 self._exchange.average_errors()
             checkpoint[CHECKPOINT_KEY] = self._exchange.state.state_dict(error_feedback=with_errors)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        with _temporary_files_beside(filepath):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def barrier(self, name: str | None = None) -> None:
@@ -429,6 +432,21 @@ class PowerSGDStrategy(DDPStrategy):
             self.model.reducer._remove_autograd_hooks()
             self.model = self.lightning_module
             self.configure_ddp()
+
+
+@contextlib.contextmanager
+def _temporary_files_beside(filepath: _PATH) -> Iterator[None]:
+    """Let temporary files be made in a file's own directory, if it has one on this machine.
+
+    Lightning writes a checkpoint to a temporary file and then moves it. From another filesystem, such as a ``/tmp`` of
+    its own, the move is a copy, and a disk that fills up during it has destroyed the checkpoint of that name before.
+    """
+    before, folder = tempfile.tempdir, Path(filepath).parent
+    tempfile.tempdir = str(folder) if folder.is_dir() else before
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _end_process_group() -> None:

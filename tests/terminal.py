@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,6 +15,15 @@ def run(command: list[str], root: Path) -> str:
     # Not the surroundings of this test run, which may itself have been started by a launcher.
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment, cwd=root, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as started:
+        try:
+            said, _ = started.communicate(timeout=240)
+        finally:
+            # Also the ranks that a launcher started, which would outlive it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, said
+    return said

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import lightning
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from packaging.version import Version
 from programs import faulty_fit
@@ -143,6 +145,38 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(two_ranks, un
     assert (tmp_path / "last.ckpt").read_bytes() == (tmp_path / "before.ckpt").read_bytes()
     two_ranks.run(fit, str(tmp_path))
     check_run(tmp_path, undisturbed, first_step=3)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """Give a directory on a filesystem of its own, of one mebibyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs root, to mount a filesystem that can be filled")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_elsewhere_than_temporary_files_leaves_the_checkpoint_before(ranks, small_disk):
+    ranks(1).run(_save_twice, str(small_disk))
+    assert load(small_disk / "kept.ckpt")["state_dict"]["net.2.weight"].count_nonzero() > 0
+
+
+def _save_twice(root: str) -> None:
+    class SaveAndFill(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.save_checkpoint(f"{root}/kept.ckpt")
+            free = shutil.disk_usage(root).free
+            other = Path(root, "other")
+            other.write_bytes(bytes(free - Path(root, "kept.ckpt").stat().st_size // 2))
+            pl_module.net[2].weight.data.zero_()
+            with pytest.raises(OSError, match="No space left on device"):
+                trainer.save_checkpoint(f"{root}/kept.ckpt")
+            other.unlink()
+
+    fit(root, SaveAndFill(), every=100, ckpt_path=None, devices=1)
 
 
 def test_a_checkpoint_waits_for_a_rank_that_comes_late(two_ranks, undisturbed, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import logging
+import tempfile
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -784,6 +785,29 @@ def _fail_and_save(root: str, everywhere: bool) -> dict[str, Tensor]:
     if dist.get_rank() == 0:
         assert any("without PowerSGD's error buffers" in message for message in said) != everywhere
     return run.strategy.exchange.state.errors
+
+
+def test_a_checkpoint_is_written_where_it_is_moved_within_one_filesystem(fit, tmp_path):
+    first, second = fit(_note_temporary_files)[0]
+    assert first != str(tmp_path / "new"), "the directory was not there yet"
+    assert second == str(tmp_path / "new")
+
+
+def _note_temporary_files(root: str) -> list[str]:
+    folders: list[str] = []
+    make = tempfile.mkstemp
+
+    def noting(*args: Any, **kwargs: Any) -> tuple[int, str]:
+        handle, name = make(*args, **kwargs)
+        folders.append(str(Path(name).parent))
+        return handle, name
+
+    run = trainer(root=root, max_steps=1)
+    run.fit(Classifier(), loader())
+    with mock.patch.object(tempfile, "mkstemp", noting):
+        run.save_checkpoint(f"{root}/new/a.ckpt")
+        run.save_checkpoint(f"{root}/new/a.ckpt")
+    return folders
 
 
 def test_a_frozen_parameter_finds_its_errors_again(fit):

@@ -99,7 +99,14 @@ def fill_the_disk(trainer: Trainer) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (last.stat().st_size // 2, resource.RLIM_INFINITY))
 
 
-def fit(directory: str, *callbacks: Callback, every: int = 3, ckpt_path: str | None = "last", **options: Any) -> None:
+def fit(
+    directory: str,
+    *callbacks: Callback,
+    every: int = 3,
+    ckpt_path: str | None = "last",
+    devices: int = 2,
+    **options: Any,
+) -> None:
     torch.set_num_threads(1)
     saver = ModelCheckpoint(
         directory, save_top_k=0, save_last=True, every_n_train_steps=every, enable_version_counter=False
@@ -109,7 +116,7 @@ def fit(directory: str, *callbacks: Callback, every: int = 3, ckpt_path: str | N
     Trainer(
         strategy=strategy,
         accelerator="cpu",
-        devices=2,
+        devices=devices,
         max_steps=STEPS,
         logger=False,
         enable_progress_bar=False,
