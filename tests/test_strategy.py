@@ -95,6 +95,7 @@ def _train_ddp(root: str) -> float:
     return float(run.callback_metrics["val_loss"])
 
 
+@pytest.mark.lost_by_pytorchs_hook("on CPU the hook is not registered, and nobody says so")
 def test_ddp_holds_the_hook_on_cpu(fit):
     assert fit(_hook_name) == ["powersgd_hook"] * 2
 
@@ -632,6 +633,7 @@ def _resume(root: str, config: dict[str, Any], optimizer: str, save_last: bool =
     return equal, (runs[0][1], runs[1][1]), replicas_agree(model)
 
 
+@pytest.mark.lost_by_pytorchs_hook("state cannot be loaded with `weights_only=True`")
 def test_a_checkpoint_holds_plain_types_only_and_one_buffer_a_parameter(fit, tmp_path):
     fit(_save)
     checkpoint = torch.load(tmp_path / "full.ckpt", weights_only=True)
