@@ -6,6 +6,7 @@ of them may never come to save.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -73,16 +74,23 @@ def replicas_agree(tensors: Mapping[str, Tensor], process_group: dist.ProcessGro
 
 
 def repair_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """Give every rank the first rank's tensors.
+    """Give every rank the first rank's tensors, of those that all ranks have alike.
 
     Args:
-        tensors: by name; overwritten. Every rank must call this.
+        tensors: by name; overwritten. Every rank must call this. Those that some rank lacks or has in another shape, as
+            a sharded optimizer's state, are left alone.
         process_group: the ranks; ``None`` is the default group.
 
     Returns:
         By name, the largest deviation of any rank, relative to the norm; of those only that deviated. The same on every
         rank.
     """
+    kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    everyone: list[dict[str, object]] = [{}] * dist.get_world_size(process_group)
+    dist.all_gather_object(everyone, kinds, group=process_group)
+    # In the first rank's order, or some would broadcast one tensor and some another.
+    common = [name for name, kind in everyone[0].items() if all(theirs.get(name) == kind for theirs in everyone)]
+    tensors = {name: tensors[name] for name in common}
     first = dist.get_global_rank(process_group, 0) if process_group is not None else 0
     device = next((tensor.device for tensor in tensors.values() if not tensor.is_cpu), torch.device("cpu"))
     deviations = torch.zeros(len(tensors), device=device)
@@ -110,19 +118,20 @@ def all_ranks_come(position: str, patience: timedelta, process_group: dist.Proce
     """
     store = PrefixStore(f"lightning_powersgd/{position}", _get_default_store())
     rank, others = dist.get_rank(process_group), range(1, dist.get_world_size(process_group))
-    if rank == 0:
-        if not store.check(["answer"]):
-            came = _came(store, [str(other) for other in others], patience)
-            store.set("answer", "all" if came else "not all")
-    else:
-        # A rank that gives up must say so before the first one has counted it, and be held to its word after.
-        store.compare_set(str(rank), "", "here")
-        try:
-            store.wait(["answer"], 2 * patience)
-        except RuntimeError:
-            if store.compare_set(str(rank), "here", "gone") == b"gone":
-                return False
-    return store.get("answer") == b"all"
+    # The store is gone with the process that held it; whoever asks then is alone.
+    with contextlib.suppress(RuntimeError):
+        if rank > 0:
+            # A rank that gives up must say so before the first one has counted it, and be held to its word after.
+            store.compare_set(str(rank), "", "here")
+            try:
+                store.wait(["answer"], 2 * patience)
+            except RuntimeError:
+                if store.compare_set(str(rank), "here", "gone") == b"gone":
+                    return False
+        elif not store.check(["answer"]):
+            store.set("answer", "all" if _came(store, [str(other) for other in others], patience) else "not all")
+        return store.get("answer") == b"all"
+    return False
 
 
 def _came(store: Store, ranks: list[str], patience: timedelta) -> bool:

@@ -78,6 +78,20 @@ def _not_finite() -> dict[str, float]:
     return repair_replicas({"a": torch.full((3,), torch.nan if dist.get_rank() else 1.0), "b": torch.ones(2)})
 
 
+def test_tensors_that_not_all_ranks_have_alike_are_left_alone(two_ranks):
+    for rank, (deviations, values) in enumerate(two_ranks.run(_sharded)):
+        assert set(deviations) == {"b"}
+        assert values == {"b": 0.0, "a" if rank else "c": float(rank), "shape": float(rank)}
+
+
+def _sharded() -> tuple[dict[str, float], dict[str, float]]:
+    rank = dist.get_rank()
+    names = ["b", "a"] if rank else ["c", "b"]
+    tensors = {name: torch.full((3,), float(rank)) for name in names} | {"shape": torch.full((2 + rank,), float(rank))}
+    deviations = repair_replicas(tensors)
+    return deviations, {name: float(tensor[0]) for name, tensor in tensors.items()}
+
+
 def test_nothing_to_compare_agrees(two_ranks):
     assert two_ranks.run(replicas_agree, {}) == [True, True]
 
