@@ -935,6 +935,8 @@ def _resume_other_shape(root: str) -> None:
         ({"comm_dtype": "no_such"}, ValueError, "`comm_dtype='no_such'`"),
         ({"seed": -1}, ValueError, "`seed=-1`"),
         ({"bucket_cap_mb": 0}, ValueError, "`bucket_cap_mb=0`"),
+        ({"check_replicas_every": -1}, ValueError, "`check_replicas_every=-1` is below 0. Use 0 to never"),
+        ({"check_replicas_every": 0.5}, TypeError, "`check_replicas_every=0.5` is not an integer"),
         ({"prog_bar": True, "log_metrics": False}, ValueError, "`log_metrics=True`"),
         ({"rnak": 2}, TypeError, "no argument `rnak`. Did you mean `rank`?"),
         ({"ddp_comm_hook": print}, ValueError, "`ddp_comm_hook` cannot be used.*is itself the communication hook"),
@@ -970,6 +972,8 @@ BAD_FITS = {
     "ranks with and without compiled code": "LIGHTNING_POWERSGD_NATIVE=0 is PyTorch's everywhere): rank 0 has compiled"
     " code, rank 1 has PyTorch's operations",
     "ranks with other shapes": "The ranks disagree on the parameter 'net.0.weight'",
+    "ranks with other versions": "The ranks disagree on the version of lightning_powersgd: rank 0 has 0, rank 1 has 1",
+    "ranks with other versions of torch": "The ranks disagree on the version of torch: rank 0 has 0, rank 1 has 1",
     "a sparse embedding": "`sparse=True`",
 }
 
@@ -996,6 +1000,12 @@ def _bad_fit(root: str, case: str) -> None:
             trainer(strategy, root=root, max_steps=1).fit(model, loader())
     elif case == "ranks with other shapes":
         model.net[0] = nn.Linear(32 + dist.get_rank(), 48)
+    elif case == "ranks with other versions":
+        with mock.patch("lightning_powersgd.strategy.__version__", str(dist.get_rank())):
+            trainer(strategy, root=root, max_steps=1).fit(model, loader())
+    elif case == "ranks with other versions of torch":
+        with mock.patch.object(torch, "__version__", str(dist.get_rank())):
+            trainer(strategy, root=root, max_steps=1).fit(model, loader())
     elif case == "a sparse embedding":
         model.extra = nn.Embedding(8, 8, sparse=True)
     trainer(strategy, root=root, max_steps=1).fit(model, loader())
