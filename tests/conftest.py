@@ -1,4 +1,4 @@
-"""Tiers, cheapest first: pure functions in this process; two and four gloo ranks; whole Trainer runs on those ranks;
+"""Tiers, cheapest first: pure functions in this process; one to four gloo ranks; whole Trainer runs on those ranks;
 and last, programs started as a user starts them. A test that needs a GPU says so where it is skipped.
 """
 
@@ -8,7 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 from ranks import Ranks
+
+# The same examples in every run, so that a test that passes here passes everywhere. To look for new ones:
+# `pytest tests/test_properties.py --hypothesis-profile=search`.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.register_profile("search", deadline=None, database=None, max_examples=2000, print_blob=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)
@@ -17,16 +24,21 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def two_ranks() -> Iterator[Ranks]:
-    """Two gloo ranks."""
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
+def ranks() -> Iterator[dict[int, Ranks]]:
+    """One to four gloo ranks, by their number. They start when they are first used."""
+    by_number = {number: Ranks(number) for number in range(1, 5)}
+    yield by_number
+    for group in by_number.values():
+        group.stop()
 
 
 @pytest.fixture(scope="session")
-def four_ranks() -> Iterator[Ranks]:
+def two_ranks(ranks: dict[int, Ranks]) -> Ranks:
+    """Two gloo ranks."""
+    return ranks[2]
+
+
+@pytest.fixture(scope="session")
+def four_ranks(ranks: dict[int, Ranks]) -> Ranks:
     """Four gloo ranks."""
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
+    return ranks[4]
