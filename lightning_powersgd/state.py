@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_powersgd.linalg import assign, normalize_rows, permute_columns
+from lightning_powersgd.linalg import assign, normalize_rows, permute_columns, saturated
 from lightning_powersgd.plan import (
     DEFAULT_GROUP_BYTES,
     SIDES,
@@ -316,7 +316,7 @@ class PowerSGDState:
             dropped.append(f"{slot.name}: an error buffer was saved, but `error_feedback` is off")
         if error is not None:
             if "error" in saved:
-                error.copy_(saved["error"])
+                error.copy_(saturated(saved["error"].clone(), error.dtype))
             else:
                 dropped.append(f"{slot.name}: no error buffer saved")
         return dropped
@@ -329,7 +329,7 @@ def require_readable(state: Mapping[str, Any]) -> None:
         ValueError: if the format is unknown, or what is in it is not what belongs there.
     """
     version = state.get("format_version") if hasattr(state, "get") else None
-    if version != FORMAT_VERSION:
+    if not isinstance(version, int) or version != FORMAT_VERSION:
         raise ValueError(
             f"The PowerSGD state has format version {version!r}; this version of lightning-powersgd reads"
             f" {FORMAT_VERSION}. Use the version that wrote the checkpoint, or delete its 'powersgd' entry to start"
@@ -343,17 +343,16 @@ def require_readable(state: Mapping[str, Any]) -> None:
 
 
 def _defects(state: Mapping[str, Any]) -> Iterator[str]:
-    kinds = {"step": int, "averaged": bool, "total_dense_bytes": int, "total_sent_bytes": int, "parameters": Mapping}
-    for key, kind in kinds.items():
+    for key in ("step", "total_dense_bytes", "total_sent_bytes"):
+        if type(state.get(key)) is not int or state[key] < 0:
+            yield f"{key!r} is {state.get(key)!r:.40}"
+    for key, kind in {"averaged": bool, "parameters": Mapping}.items():
         if not isinstance(state.get(key), kind):
             yield f"{key!r} is {state.get(key)!r:.40}"
-    for key in ("step", "total_dense_bytes", "total_sent_bytes"):
-        if state[key] < 0:
-            yield f"{key!r} is {state[key]}"
     if state.get("held") not in SIDES:
         yield f"'held' is {state.get('held')!r:.40}"
-    loss_scale = state.get("loss_scale", 1.0)
-    if not isinstance(loss_scale, float) or not 0 < loss_scale < math.inf:
+    loss_scale, range_ = state.get("loss_scale", 1.0), torch.finfo(torch.float32)
+    if not isinstance(loss_scale, float) or not range_.tiny <= loss_scale <= range_.max:
         yield f"'loss_scale' is {loss_scale!r:.40}"
     for name, entry in state["parameters"].items():
         for defect in _slot_defects(entry):
@@ -381,10 +380,12 @@ def _slot_defects(entry: Any) -> Iterator[str]:
     for what, tensor, size in expected:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             yield f"{tensor!r:.40} is the {what}"
+        if tensor.is_meta or tensor.layout != torch.strided:
+            yield f"a tensor without values or with few of them is the {what}"
         if tuple(tensor.shape) != size:
             yield f"{tuple(tensor.shape)} where {size} belongs is the shape of the {what}"
-        if not tensor.isfinite().all():
-            yield f"a value that is not finite is in the {what}"
+        if not tensor.float().isfinite().all():
+            yield f"a value that is not finite, or not in float32, is in the {what}"
 
 
 def other_side(side: Side) -> Side:

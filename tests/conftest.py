@@ -1,15 +1,23 @@
-"""Tiers, cheapest first: pure functions in this process; two and four gloo ranks; whole Trainer runs on those ranks;
+"""Tiers, cheapest first: pure functions in this process; one to four gloo ranks; whole Trainer runs on those ranks;
 and last, programs started as a user starts them. A test that needs a GPU says so where it is skipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from ranks import Ranks
+
+# The same examples in every run, so that a test that passes here passes everywhere. To look for new ones:
+# `pytest tests/test_properties.py --hypothesis-profile=search`.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
+settings.register_profile("search", deadline=None, database=None, max_examples=2000, print_blob=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)
@@ -18,28 +26,28 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """Any number of gloo ranks."""
-    groups: dict[int, Ranks] = {}
-    yield lambda world_size: groups.setdefault(world_size, Ranks(world_size))
-    for group in groups.values():
+def ranks() -> Iterator[dict[int, Ranks]]:
+    """One to four gloo ranks, by their number. They start when they are first used."""
+    by_number = {number: Ranks(number) for number in range(1, 5)}
+    yield by_number
+    for group in by_number.values():
         group.stop()
 
 
 @pytest.fixture(scope="session")
-def two_ranks(ranks: Callable[[int], Ranks]) -> Ranks:
+def two_ranks(ranks: dict[int, Ranks]) -> Ranks:
     """Two gloo ranks."""
-    return ranks(2)
+    return ranks[2]
 
 
 @pytest.fixture(scope="session")
-def four_ranks(ranks: Callable[[int], Ranks]) -> Ranks:
+def four_ranks(ranks: dict[int, Ranks]) -> Ranks:
     """Four gloo ranks."""
-    return ranks(4)
+    return ranks[4]
 
 
 @pytest.fixture
-def fit(two_ranks, tmp_path) -> Callable[..., list[Any]]:
+def fit(two_ranks: Ranks, tmp_path: Path) -> Callable[..., list[Any]]:
     """Run a function on both ranks with a directory of its own."""
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:

@@ -54,7 +54,7 @@ def follow(ranks, root: Path, path: list[tuple[int, int]], config: dict[str, Any
     root.mkdir()
     start = 0
     for world_size, end in path:
-        parameters, norm = ranks(world_size).run(go_on, str(root), start, end, config, precision)[0]
+        parameters, norm = ranks[world_size].run(go_on, str(root), start, end, config, precision)[0]
         start = end
     assert norm > 0, "nothing was held back that could be lost"
     return parameters

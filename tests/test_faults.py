@@ -160,7 +160,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def test_a_full_disk_elsewhere_than_temporary_files_leaves_the_checkpoint_before(ranks, small_disk):
-    ranks(1).run(_save_twice, str(small_disk))
+    ranks[1].run(_save_twice, str(small_disk))
     assert load(small_disk / "kept.ckpt")["state_dict"]["net.2.weight"].count_nonzero() > 0
 
 

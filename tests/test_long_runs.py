@@ -1,0 +1,112 @@
+"""Tier two: thousands of steps: nothing grows, replicas stay equal, and what is small is sent in the end."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Parameter, Weights
+from nets import attach
+from ranks import gather_equal
+from torch import Tensor
+
+SIZE = 8
+# Singular values of the gradient that is the same in every step.
+SPECTRUM = torch.logspace(0, -3, SIZE, dtype=torch.float64)
+WARM_UP = 1000
+
+
+def steady_gradients() -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Singular vectors of a gradient, and what the two ranks have of it: more and less by a twentieth."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.linalg.qr(torch.randn(2, SIZE, SIZE, generator=generator, dtype=torch.float64)).Q
+    mean = left * SPECTRUM @ right.T
+    difference = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
+    difference *= mean.norm() / difference.norm() / 20
+    return left, right, [(mean + difference).float(), (mean - difference).float()]
+
+
+@pytest.fixture(scope="module", params=[(3000, None), (10_000, "bfloat16")], ids=["full errors", "bfloat16 errors"])
+def long_run(request, two_ranks) -> list[dict[str, Any]]:
+    steps, error_dtype = request.param
+    return two_ranks.run(_train, steps, error_dtype=error_dtype, min_compression_ratio=1.0)
+
+
+def _train(steps: int, **config: Any) -> dict[str, Any]:
+    parameters = {"steady": Parameter((SIZE, SIZE)), "noisy": Parameter((10, 3, 2, 2)), "bias": Parameter((5,))}
+    model, exchange = attach(Weights(parameters), **config)
+    assert set(exchange.state.errors) == {"steady", "noisy"}
+    weights = list(model.parameters())
+    left, right, given = steady_gradients()
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    sent = torch.zeros(SIZE, SIZE, dtype=torch.float64)
+    norms = torch.zeros(2, len(exchange.state.errors))
+    before: dict[str, int] = {}
+    for step in range(steps):
+        model.zero_grad()
+        noise = [torch.randn(p.shape, generator=generator) for p in weights[1:]]
+        model([given[dist.get_rank()], *noise]).backward()
+        sent += weights[0].grad
+        with torch.no_grad():
+            torch._foreach_add_(weights, [p.grad for p in weights], alpha=-0.01)
+        if step % 5 == 0:
+            now = torch.stack([error.norm() for error in exchange.state.errors.values()])
+            half = norms[step * 2 // steps]
+            torch.maximum(half, now, out=half)
+        if step + 1 in (WARM_UP - 1, WARM_UP):  # the first look takes memory itself
+            before = _held()
+    growth = {what: now - before[what] for what, now in _held().items()}
+    exchange.average_errors()
+    waiting = exchange.state.errors["steady"].double()
+    share = [(left.T @ part @ right).diagonal() / steps / SPECTRUM for part in (sent, waiting)]
+    return {
+        "equal": gather_equal(weights),
+        "narrow": config["error_dtype"] is not None,
+        "growth": growth,
+        "norms": norms.tolist(),
+        "sent": share[0].tolist(),
+        "waiting": share[1].tolist(),
+    }
+
+
+def _held() -> dict[str, int]:
+    """What this process holds of tensors, files and memory."""
+    gc.collect()
+    # Tensors first: the list of all objects takes memory itself.
+    tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+    process = Path("/proc/self")
+    memory = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return {"tensors": tensors, "files": len(list((process / "fd").iterdir())), "memory": memory}
+
+
+def test_parameters_are_equal_on_both_ranks_to_the_end(long_run):
+    assert all(run["equal"] for run in long_run)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_files_and_tensors_do_not_grow(long_run):
+    for run in long_run:
+        assert run["growth"]["files"] == run["growth"]["tensors"] == 0
+        # A few pages; one number a step would be more.
+        assert run["growth"]["memory"] < 100_000
+
+
+def test_errors_stay_as_large_as_they_were(long_run):
+    for run in long_run:
+        for first, last in zip(*run["norms"], strict=True):
+            assert 0 < last < 1.2 * first
+
+
+def test_a_steady_gradient_is_sent_in_every_direction(long_run):
+    for run in long_run:
+        for sent, waiting, size in zip(run["sent"], run["waiting"], SPECTRUM, strict=True):
+            # A direction as small as a thousandth of the largest waits for hundreds of steps until it is sent.
+            assert sent > 0.9
+            # What bfloat16 rounds away a thousand times is noise that stays below 2^-12 of the gradient.
+            assert abs(sent + waiting - 1) * size < (2**-12 if run["narrow"] else 1e-6)
