@@ -175,6 +175,10 @@ def decompress(
     """
     if keep is False:
         error = None
+    if not matrix.is_contiguous():
+        # Stored column by column, as a transposed parameter is: Mᵀ = Q Pᵀ lies row by row.
+        matrix, error = matrix.t(), None if error is None else error.t()
+        average, own = average[::-1], own[::-1]
     average, own = _in_dtype(matrix, average), _in_dtype(matrix, own)
     library = native.library_for(matrix)
     if error is not None and not (library and keep is True and error.dtype == matrix.dtype):

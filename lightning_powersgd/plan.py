@@ -72,7 +72,7 @@ class PowerSGDConfig:
                 if not isinstance(pattern, str):
                     raise TypeError(f"`rank` has the pattern {pattern!r}. A pattern is a string, such as 'encoder.*'.")
                 require_int(f"rank[{pattern!r}]", rank, minimum=0, remedy="Use 0 to send a parameter whole.")
-            object.__setattr__(self, "rank", dict(self.rank))
+            object.__setattr__(self, "rank", {str(pattern): int(rank) for pattern, rank in self.rank.items()})
         else:
             remedy = "Use a mapping such as `rank={'embed*': 0, '*': 2}` to send some parameters whole."
             require_int("rank", self.rank, minimum=1, remedy=remedy)
@@ -86,6 +86,8 @@ class PowerSGDConfig:
                 f"`min_compression_ratio={ratio!r}` is below 1. A matrix that grows when it is compressed is always"
                 " sent whole; use 1.0 to compress everything that shrinks."
             )
+        # A number of numpy's is a float, too, but `weights_only=True` would not load it from a checkpoint.
+        object.__setattr__(self, "min_compression_ratio", float(ratio))
         for name in ("alternate", "error_feedback", "warm_start"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}={getattr(self, name)!r}` is not a bool. Use True or False.")

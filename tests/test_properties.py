@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from cases import Case, Parameter, Run, Spot, laid_out, play
 from hypothesis import assume, event, given
@@ -568,7 +567,6 @@ def test_a_run_goes_on_soundly_on_any_number_of_ranks(ranks, case, world_size):
 # What does not hold yet
 
 
-@pytest.mark.xfail(reason="compiled code takes a transposed matrix for a contiguous one when it decompresses")
 def test_a_transposed_parameter_is_decompressed():
     left, right = torch.ones(1, 2), torch.tensor([[1.0, 2.0]])
     matrix = torch.empty(2, 2).t()
@@ -576,7 +574,6 @@ def test_a_transposed_parameter_is_decompressed():
     assert torch.equal(matrix, torch.tensor([[1.0, 2.0], [1.0, 2.0]]))
 
 
-@pytest.mark.xfail(reason="settings are saved as the subclasses of plain types that they were given as")
 def test_settings_from_numpy_are_saved_as_plain_types():
     config = PowerSGDConfig(min_compression_ratio=np.float64(2))
     assert type(config.to_dict()["min_compression_ratio"]) is float
