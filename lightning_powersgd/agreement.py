@@ -97,12 +97,17 @@ def repair_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
     for index, tensor in enumerate(tensors.values()):
         right = tensor.detach().to(device, copy=True).contiguous()
         dist.broadcast(right, first, group=process_group)
-        wide = right.double()
-        distance = (tensor.detach().to(device).double() - wide).norm() / wide.norm().clamp(min=1e-30)
+        distance = _distance(tensor.detach().to(device), right) / _distance(right).clamp(min=1e-30)
         deviations[index] = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
         tensor.detach().copy_(right)
     dist.all_reduce(deviations, dist.ReduceOp.MAX, group=process_group)
     return {name: value for name, value in zip(tensors, deviations.tolist(), strict=True) if value}
+
+
+def _distance(a: Tensor, b: Tensor | float = 0.0) -> Tensor:
+    floating = a if a.is_floating_point() else a.double()
+    distance: Tensor = torch.linalg.vector_norm(floating - b, dtype=torch.float64)
+    return distance
 
 
 def all_ranks_come(position: str, patience: timedelta, process_group: dist.ProcessGroup | None = None) -> bool:
@@ -130,6 +135,7 @@ def all_ranks_come(position: str, patience: timedelta, process_group: dist.Proce
                     return False
         elif not store.check(["answer"]):
             store.set("answer", "all" if _came(store, [str(other) for other in others], patience) else "not all")
+        store.wait(["answer"], patience)
         return store.get("answer") == b"all"
     return False
 

@@ -1,4 +1,4 @@
-"""The exchange of gradients between ranks: the only room that sees `GradBucket`, `Future` and collectives.
+"""The exchange of gradients between ranks: the only room that sees `GradBucket`, `Future` and a step's collectives.
 
 Collectives are issued from the thread that calls the hook, in the order of the plan's groups, which is the same on
 every rank. (PyTorch's own hook issues them from futures' callbacks, whose order differs between ranks, and so
@@ -316,7 +316,8 @@ class _GroupExchange:
 
         # This rank's own part of the last factors as it was sent, so that the error holds its rounding too.
         own_length = max(self._lengths[side] for side in last_sides)
-        self._own_flat = torch.zeros(own_length, dtype=group.dtype, device=self._state.device)
+        own_dtype = torch.promote_types(group.dtype, torch.float32)
+        self._own_flat = torch.zeros(own_length, dtype=own_dtype, device=self._state.device)
         self._own = {side: self._factors(self._own_flat, side) for side in last_sides}
         self._payload, self._last_flat = self._first, self._wire.flat[self._start :]
         self._last_wire: _Wire | None = None
@@ -403,8 +404,8 @@ class _GroupExchange:
         """Write the averaged gradients ĝ = P̂ Qᵀ.
 
         Args:
-            blemish: zero, or NaN if anything that any group received was not finite: no part of such a step may look
-                as if it were, or an optimizer of its own would take it, while the error forgets that it was sent.
+            blemish: zero, or NaN if anything that any group received was not finite: no compressed gradient of such a
+                step may be, or an optimizer of its own would take it, and then again what the error still holds.
             keep: whether to keep the local residual as the error, and the averaged factors for the next step.
         """
         self._last_flat.add_(blemish)
@@ -430,7 +431,8 @@ class _GroupExchange:
     def _divide_and_keep_own(self) -> None:
         """Divide the last factors by the number of ranks for the sum, and keep them as they are after that rounding."""
         length, world_size = self._lengths[self._sent], self._exchange.world_size
-        torch.mul(self._last_flat[:length].div_(world_size), world_size, out=self._own_flat[:length])
+        own = self._own_flat[:length].copy_(self._last_flat[:length].div_(world_size))
+        own *= world_size
 
     def _factors(self, flat: Tensor, side: Side) -> dict[str, Tensor]:
         """View the beginning of a flat tensor as factors by name, (r, n) or (r, m)."""
@@ -551,7 +553,7 @@ class _Verdict:
     """Whether a step was finite, on its way from the device that found it out."""
 
     def __init__(self, finite: Tensor) -> None:
-        self._finite = finite.to("cpu", non_blocking=True)
+        self._finite = finite.to("cpu", non_blocking=finite.is_cuda)
         self._arrived = torch.cuda.Event() if finite.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(finite.device))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -83,8 +83,12 @@ class PowerSGDState:
         self.config = config
         self.plan: Plan = make_plan(named, config, group_bytes)
         self.parameters = {parameter_name(name): parameter for name, parameter in named if parameter.requires_grad}
-        self._frozen = {parameter_name(name) for name, parameter in named if not parameter.requires_grad}
-        self._waiting: dict[str, Any] = {}
+        self._frozen = {
+            parameter_name(name): tuple(parameter.shape) for name, parameter in named if not parameter.requires_grad
+        }
+        # What was loaded for frozen parameters: entries of a state by name, at this scale.
+        self._waiting: dict[str, Mapping[str, Any]] = {}
+        self._waiting_scale = 1.0
         self.device = _common_device(self.parameters)
         self.step = 0
         self.averaged = True
@@ -208,8 +212,10 @@ class PowerSGDState:
             "loss_scale": float(self.loss_scale),
             "total_dense_bytes": self.total_dense_bytes,
             "total_sent_bytes": self.total_sent_bytes,
-            "parameters": self._waiting
-            | {slot.name: self._slot_state(slot, error_feedback) for slot in self.plan.compressed},
+            "parameters": {
+                **{name: self._waiting_state(entry, error_feedback) for name, entry in self._waiting.items()},
+                **{slot.name: self._slot_state(slot, error_feedback) for slot in self.plan.compressed},
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -231,12 +237,12 @@ class PowerSGDState:
         """
         require_readable(state)
         saved: Mapping[str, Any] = state["parameters"]
-        for slot in self.plan.slots:
-            found = tuple(saved[slot.name]["shape"]) if slot.name in saved else slot.shape
-            if found != slot.shape:
+        for name, shape in (self._frozen | {slot.name: slot.shape for slot in self.plan.slots}).items():
+            found = tuple(saved[name]["shape"]) if name in saved else shape
+            if found != shape:
                 raise ValueError(
-                    f"The PowerSGD state was saved for {slot.name!r} of shape {found}, but the model's has shape"
-                    f" {slot.shape}. Resume with the model that was saved, or delete the checkpoint's 'powersgd' entry."
+                    f"The PowerSGD state was saved for {name!r} of shape {found}, but the model's has shape {shape}."
+                    " Resume with the model that was saved, or delete the checkpoint's 'powersgd' entry."
                 )
         self.step = state["step"]
         self.averaged = state["averaged"]
@@ -246,6 +252,7 @@ class PowerSGDState:
         self.loss_scale.fill_(state.get("loss_scale", 1.0))
         # What is frozen now may be unfrozen later, and then finds here what it had.
         self._waiting = {name: entry for name, entry in saved.items() if name in self._frozen}
+        self._waiting_scale = state.get("loss_scale", 1.0)
         dropped = [
             f"{name}: no longer {'compressed' if name in self.parameters else 'in the model'}"
             for name in saved
@@ -281,6 +288,9 @@ class PowerSGDState:
             name: {side: magnitude.to(device) for side, magnitude in sides.items()}
             for name, sides in self.magnitudes.items()
         }
+        self._waiting = {
+            name: _with_tensors(entry, lambda _, tensor: tensor.to(device)) for name, entry in self._waiting.items()
+        }
 
     def _slot_state(self, slot: Slot, error_feedback: bool) -> dict[str, Any]:
         factors = {side: factor.clone() for side, factor in self.factors[slot.name].items()}
@@ -291,6 +301,14 @@ class PowerSGDState:
         if error_feedback and self.errors:
             entry["error"] = self.errors[slot.name]
         return entry
+
+    def _waiting_state(self, entry: Mapping[str, Any], error_feedback: bool) -> dict[str, Any]:
+        """Give the entry of a frozen parameter, at the present scale."""
+        ratio = float(self.loss_scale) / self._waiting_scale
+        present = _with_tensors(
+            entry, lambda key, tensor: tensor if key == "factors" else saturated(tensor * ratio, tensor.dtype)
+        )
+        return {key: value for key, value in present.items() if error_feedback or key != "error"}
 
     def _load_slot(self, slot: Slot, saved: Mapping[str, Any] | None) -> list[str]:
         error = self.errors.get(slot.name)
@@ -320,6 +338,17 @@ class PowerSGDState:
             else:
                 dropped.append(f"{slot.name}: no error buffer saved")
         return dropped
+
+
+def _with_tensors(entry: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """Change the tensors of a parameter's entry; those of both sides go by the same key."""
+    changed = dict(entry)
+    for key, value in entry.items():
+        if isinstance(value, Tensor):
+            changed[key] = change(key, value)
+        elif isinstance(value, Mapping):
+            changed[key] = {side: change(key, tensor) for side, tensor in value.items()}
+    return changed
 
 
 def require_readable(state: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import inspect
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -21,6 +22,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import _augment_message
@@ -200,7 +202,7 @@ class PowerSGDStrategy(DDPStrategy):
         self._parameters: tuple[torch.nn.Parameter, ...] = ()
         self._trainable: tuple[bool, ...] = ()
         self._next_check = 0
-        self._others_are_missing = False
+        self._alone = False
 
     @classmethod
     @override
@@ -241,7 +243,7 @@ class PowerSGDStrategy(DDPStrategy):
             # Like the optimizers, a new fit starts afresh, unless a checkpoint is resumed.
             self._exchange = None
             self._next_check = self.check_replicas_every
-            self._others_are_missing = False
+            self._alone = False
             self._add_monitor(trainer)
         super().setup(trainer)
 
@@ -266,6 +268,8 @@ class PowerSGDStrategy(DDPStrategy):
         )
         state = self._exchange.state
         if previous is not None:
+            # What a parameter that is frozen now had is kept as a checkpoint would keep it.
+            previous.average_errors()
             state.load_state_dict(previous.state.state_dict())
         say = rank_zero_info if any(state.plan.compressed) else rank_zero_warn
         say(f"{state.plan.summary(alternate=self.config.alternate)}.")
@@ -278,12 +282,11 @@ class PowerSGDStrategy(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        self._others_are_missing = False
+        alone = self._may_be_alone(filepath) and not self._all_ranks_come()
         # A weights-only checkpoint has no optimizer states, and none of ours either.
         if self._exchange is not None and "optimizer_states" in checkpoint:
             with_errors = self.checkpoint_error_feedback
-            self._others_are_missing = self._may_be_alone(filepath) and not self._all_ranks_come()
-            if with_errors and self._others_are_missing:
+            if with_errors and alone:
                 rank_zero_warn(
                     "A checkpoint was saved on an exception or a signal without PowerSGD's error buffers: their mean"
                     " needs every rank, and not all of them came to save in the same step."
@@ -294,13 +297,26 @@ class PowerSGDStrategy(DDPStrategy):
             checkpoint[CHECKPOINT_KEY] = self._exchange.state.state_dict(error_feedback=with_errors)
         with _temporary_files_beside(filepath):
             super().save_checkpoint(checkpoint, filepath, storage_options)
+        self._alone = alone
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        # The trainer calls this after a checkpoint. A rank that was alone in saving it would wait in vain.
-        if name == "Trainer.save_checkpoint" and self._others_are_missing:
-            return
-        super().barrier(name)
+        # After a checkpoint that this rank saved alone, it would wait in vain. If the run goes on, that is true of the
+        # one barrier that belongs to the checkpoint.
+        if self._alone:
+            self._alone = self._interrupted()
+        else:
+            super().barrier(name)
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        return obj if self._alone else super().broadcast(obj, src)
+
+    @override
+    def reduce(
+        self, tensor: torch.Tensor, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
+    ) -> torch.Tensor:
+        return tensor if self._alone else super().reduce(tensor, group, reduce_op)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -370,22 +386,25 @@ class PowerSGDStrategy(DDPStrategy):
             for group in optimizer.param_groups
             for parameter in group["params"]
             if (name := names.get(parameter)) is not None
-            for key, value in optimizer.state.get(parameter, {}).items()
+            for key, value in (optimizer.state.get(parameter) or {}).items()
             if isinstance(value, torch.Tensor)
         }
 
+    def _interrupted(self) -> bool:
+        module = self.lightning_module
+        return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
+
     def _may_be_alone(self, filepath: _PATH) -> bool:
         """Whether a checkpoint is saved on an exception, or from SLURM's signal handler, anywhere in the program."""
-        assert self.lightning_module is not None
-        interrupted = self.lightning_module.trainer.state.status == TrainerStatus.INTERRUPTED
-        return interrupted or Path(filepath).name.startswith("hpc_ckpt")
+        return self._interrupted() or Path(filepath).name.startswith("hpc_ckpt")
 
     def _all_ranks_come(self) -> bool:
         """Whether all ranks save this checkpoint too, between the same two steps."""
         exchange = self._exchange
-        assert exchange is not None
-        if exchange.world_size == 1:
+        if self.world_size == 1:
             return True
+        if exchange is None:
+            return all_ranks_come(position_of(0), PATIENCE)
         position = position_of(exchange.state.step, exchange.process_group)
         return not exchange.exchanging and all_ranks_come(position, PATIENCE, exchange.process_group)
 
@@ -442,7 +461,7 @@ def _temporary_files_beside(filepath: _PATH) -> Iterator[None]:
     its own, the move is a copy, and a disk that fills up during it has destroyed the checkpoint of that name before.
     """
     before, folder = tempfile.tempdir, Path(filepath).parent
-    tempfile.tempdir = str(folder) if folder.is_dir() else before
+    tempfile.tempdir = str(folder) if os.path.isdir(folder) else before
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -126,3 +127,7 @@ def test_settings_are_plain_types():
     assert settings["error_dtype"] == "torch.bfloat16"
     assert PowerSGDConfig(error_dtype="bfloat16") == PowerSGDConfig(error_dtype=torch.bfloat16)
     assert PowerSGDConfig(error_dtype="torch.bfloat16") == PowerSGDConfig(error_dtype=torch.bfloat16)
+
+
+def test_settings_from_numpy_are_saved_as_plain_types():
+    assert type(PowerSGDConfig(min_compression_ratio=np.float64(2)).to_dict()["min_compression_ratio"]) is float

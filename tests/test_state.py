@@ -178,3 +178,27 @@ def test_a_model_without_trainable_parameters_has_an_empty_plan():
     state = PowerSGDState(net.named_parameters(), PowerSGDConfig())
     assert list(state.plan.slots) == []
     assert state.load_state_dict(state.state_dict()) == []
+
+
+def test_a_frozen_parameter_keeps_its_errors_at_the_present_loss_scale():
+    state = filled(comm_dtype="float16")
+    state.loss_scale.fill_(2.0**16)
+    before = state.state_dict()["parameters"]["a.weight"]
+    net = nn.ModuleDict({"a": nn.Linear(30, 40), "b": nn.Conv2d(8, 20, 3, bias=False)})
+    net["a"].weight.requires_grad_(False)
+    frozen = PowerSGDState(net.named_parameters(), PowerSGDConfig(comm_dtype="float16"))
+    assert frozen.load_state_dict(state.state_dict()) == []
+    frozen.loss_scale.fill_(2.0**8)
+    after = frozen.state_dict()["parameters"]["a.weight"]
+    assert torch.equal(after["error"] * 2**8, before["error"])
+    assert torch.equal(after["magnitudes"]["left"] * 2**8, before["magnitudes"]["left"])
+    assert torch.equal(after["factors"]["right"], before["factors"]["right"])
+    assert "error" not in frozen.state_dict(error_feedback=False)["parameters"]["a.weight"]
+
+
+def test_a_frozen_parameter_of_another_shape_is_an_error_at_once():
+    net = nn.ModuleDict({"a": nn.Linear(31, 40), "b": nn.Conv2d(8, 20, 3, bias=False)})
+    net["a"].weight.requires_grad_(False)
+    state = PowerSGDState(net.named_parameters(), PowerSGDConfig())
+    with pytest.raises(ValueError, match=r"'a.weight' of shape \(40, 30\)"):
+        state.load_state_dict(filled().state_dict())

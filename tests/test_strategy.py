@@ -27,6 +27,8 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.imports import RequirementCache
 from models import Classifier, loader, replicas_agree, trainer
 from ranks import Ranks, counted_all_reduce, gather_equal
@@ -757,34 +759,74 @@ def test_a_checkpoint_on_an_exception_of_all_ranks_is_complete(fit, tmp_path):
         assert torch.equal(entry["error"], means[1][name])
 
 
-def test_a_rank_that_fails_alone_saves_without_the_others(fit, tmp_path):
-    fit(_fail_and_save, everywhere=False)
-    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["powersgd"]
-    assert saved["step"] == 3
-    assert all("error" not in entry for entry in saved["parameters"].values())
+ON_EXCEPTION = {"save_on_exception": True, "save_top_k": -1, "every_n_train_steps": 100}
+SAVERS = {
+    "on_exception": OnExceptionCheckpoint,
+    "kept": lambda root: ModelCheckpoint(root, "kept", save_last=True, **ON_EXCEPTION),
+    "linked": lambda root: ModelCheckpoint(root, "linked", save_last="link", **ON_EXCEPTION),
+    "weights": lambda root: ModelCheckpoint(root, "weights", save_weights_only=True, **ON_EXCEPTION),
+}
 
 
-def _fail_and_save(root: str, everywhere: bool) -> dict[str, Tensor]:
-    class Fail(Callback):
-        def on_fit_end(self, trainer, pl_module) -> None:
-            if everywhere or trainer.global_rank == 0:
-                raise RuntimeError("failed")
+@pytest.mark.skipif(RequirementCache("lightning<2.6"), reason="before 2.6 ModelCheckpoint does not save on exceptions")
+@pytest.mark.parametrize("saver", SAVERS)
+def test_a_rank_that_fails_alone_saves_without_the_others(fit, tmp_path, saver):
+    fit(_fail_and_save, everywhere=False, saver=saver)
+    saved = torch.load(tmp_path / f"{saver}.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    if saver != "weights":
+        assert saved["powersgd"]["step"] == 3
+        assert all("error" not in entry for entry in saved["powersgd"]["parameters"].values())
 
-    run = trainer(
-        root=root,
-        max_epochs=1,
-        limit_train_batches=3,
-        callbacks=[Fail(), OnExceptionCheckpoint(root)],
-        enable_checkpointing=True,
-    )
-    fails = everywhere or run.global_rank == 0
+
+def test_a_signal_in_the_middle_of_saving_does_not_unbind_the_ranks(fit):
+    assert all(fit(_save_while_saving))
+
+
+def _save_while_saving(root: str) -> bool:
+    """While rank 0 writes a checkpoint, SLURM's signal handler saves another, which rank 1 cannot do."""
+
+    class Signalled(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            if not str(path).endswith("hpc_ckpt_1.ckpt"):
+                run.save_checkpoint(f"{root}/hpc_ckpt_1.ckpt")
+
+    run = trainer(PowerSGDStrategy(checkpoint_io=Signalled()), root=root, max_steps=3)
+    run.fit(Classifier(), loader())
+    barriers = []
+    barrier = DDPStrategy.barrier
+
+    def noting(self, name: str | None = None) -> None:
+        barriers.append(name)
+        barrier(self, name)
+
     with (
+        mock.patch("lightning_powersgd.strategy.PATIENCE", timedelta(seconds=0.1)),
+        mock.patch.object(DDPStrategy, "barrier", noting),
+    ):
+        run.save_checkpoint(f"{root}/ordinary.ckpt")
+    return barriers == ["Trainer.save_checkpoint"]
+
+
+def _fail_and_save(root: str, everywhere: bool, saver: str = "on_exception") -> dict[str, Tensor]:
+    """Fail on both ranks after three steps; save on both, or on rank 0 alone."""
+
+    class Fail(Callback):
+        def on_train_batch_end(self, trainer, *args: Any) -> None:
+            if trainer.global_step == 3:
+                raise ValueError("failed")
+
+    callback = SAVERS[saver](root)
+    run = trainer(root=root, callbacks=[Fail(), callback], enable_checkpointing=True)
+    with (
+        mock.patch.object(callback, "on_exception") if not everywhere and dist.get_rank() else contextlib.nullcontext(),
         mock.patch("lightning_powersgd.strategy.PATIENCE", timedelta(seconds=120 if everywhere else 0.1)),
         messages() as said,
-        pytest.raises(RuntimeError, match="failed") if fails else contextlib.nullcontext(),
+        pytest.raises(ValueError, match="failed"),
     ):
         run.fit(Classifier(), loader())
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and saver != "weights":
         assert any("without PowerSGD's error buffers" in message for message in said) != everywhere
     return run.strategy.exchange.state.errors
 
@@ -849,6 +891,30 @@ def _freeze_and_unfreeze(root: str) -> list[Tensor]:
     seen.append(torch.load(f"{root}/6.ckpt", weights_only=True)["powersgd"]["parameters"]["net.0.weight"]["error"])
     run(FrozenAtFirst(), 10, f"{root}/6.ckpt")
     return [seen[0], seen[2], seen[3]]
+
+
+def test_a_parameter_frozen_in_a_run_is_saved_with_the_mean_error(fit, tmp_path):
+    mine, theirs = fit(_freeze_and_save)
+    assert not torch.equal(mine, theirs)
+    for name, part in (("full", (mine + theirs) / 2), ("without", None)):
+        saved = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["powersgd"]["parameters"]["net.0.weight"]
+        assert torch.equal(saved["error"], part) if part is not None else "error" not in saved
+
+
+def _freeze_and_save(root: str) -> Tensor:
+    class Freeze(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if trainer.global_step == 4:
+                seen.append(trainer.strategy.exchange.state.errors["net.0.weight"].clone())
+                pl_module.net[0].weight.requires_grad_(False)
+
+    seen: list[Tensor] = []
+    run = trainer(root=root, max_steps=6, max_epochs=-1, callbacks=[Freeze()])
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(f"{root}/full.ckpt")
+    run.strategy.checkpoint_error_feedback = False
+    run.save_checkpoint(f"{root}/without.ckpt")
+    return seen[0]
 
 
 # Replicas
