@@ -371,10 +371,10 @@ def cases(
     world_size = draw(st.sampled_from(world_sizes))
     drawn = tuple(draw(st.lists(parameters() if parameter is None else parameter, min_size=1, max_size=5)))
     steps = draw(st.integers(2 if saved else 1, 6))
-    places = st.integers(0, steps - 1), st.integers(0, world_size - 1), st.integers(0, len(drawn) - 1)
-    spots = st.builds(Spot, *places, st.integers(0, 200), st.sampled_from([math.inf, -math.inf, math.nan]))
+    step, rank, index = (st.integers(0, end - 1) for end in (steps, world_size, len(drawn)))
+    spots = st.builds(Spot, step, rank, index, st.integers(0, 200), st.sampled_from([math.inf, -math.inf, math.nan]))
     # The first parameter is always used, since a backward pass needs one.
-    unused = st.frozensets(st.tuples(*places).filter(lambda place: place[2] > 0), max_size=12)
+    unused = st.frozensets(st.tuples(step, st.none() | rank, index).filter(lambda place: place[2] > 0), max_size=12)
     case = Case(
         world_size,
         drawn,
