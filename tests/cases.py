@@ -108,7 +108,8 @@ class Case:
 
     def gradient(self, step: int, rank: int, index: int) -> Tensor | None:
         """What one parameter's gradient is on one rank; ``None`` where the rank does not use the parameter."""
-        if self.unused and {(step, rank, index), (step, None, index)} & self.unused:
+        # The first parameter is always used, since a backward pass needs one.
+        if index and self.unused and {(step, rank, index), (step, None, index)} & self.unused:
             return None
         parameter = self.parameters[index]
         seed = ((self.seed * 100 + step) * 10 + (0 if self.alike else rank)) * 100 + index
