@@ -62,7 +62,8 @@ class Case:
         scales: of the loss, by step, if it is scaled.
         alike: whether all ranks have the gradients of the first.
         spots: elements that are not finite.
-        unused: (step, rank, parameter) of those that a rank does not use. ``None``: DDP does not look for them.
+        unused: (step, rank, parameter) where a rank, or for ``None`` no rank, uses the parameter. If this itself is
+            ``None``, DDP does not look for unused ones.
         compiled: whether to compute with compiled code.
         accelerator: whether to go the way of a device that the host does not wait for.
         gradients_are_views: of DDP's buckets.
@@ -78,7 +79,7 @@ class Case:
     scales: tuple[float, ...] | None = None
     alike: bool = False
     spots: tuple[Spot, ...] = ()
-    unused: frozenset[tuple[int, int, int]] | None = None
+    unused: frozenset[tuple[int, int | None, int]] | None = None
     compiled: bool = True
     accelerator: bool = False
     gradients_are_views: bool = False
@@ -107,7 +108,8 @@ class Case:
 
     def gradient(self, step: int, rank: int, index: int) -> Tensor | None:
         """What one parameter's gradient is on one rank; ``None`` where the rank does not use the parameter."""
-        if self.unused and (step, rank, index) in self.unused:
+        # The first parameter is always used, since a backward pass needs one.
+        if index and self.unused and {(step, rank, index), (step, None, index)} & self.unused:
             return None
         parameter = self.parameters[index]
         seed = ((self.seed * 100 + step) * 10 + (0 if self.alike else rank)) * 100 + index

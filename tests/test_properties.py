@@ -42,11 +42,12 @@ LAYOUTS = ["contiguous", "channels last", "transposed"]
 # What may come
 
 
-def shapes(largest: int = 12) -> st.SearchStrategy[tuple[int, ...]]:
-    sizes = st.integers(0, largest)
-    matrices = st.tuples(*[st.integers(3, largest)] * 2)
+def shapes() -> st.SearchStrategy[tuple[int, ...]]:
+    size = st.integers(0, 12)
+    odd = st.just(()) | st.tuples(size) | st.tuples(size, size)
+    matrices = st.tuples(st.integers(4, 12), st.integers(4, 12))
     convolutions = st.lists(st.integers(1, 4), min_size=3, max_size=5).map(tuple)
-    return matrices | convolutions | st.just(()) | st.tuples(sizes) | st.tuples(sizes, sizes) | matrices
+    return st.one_of(matrices, matrices.map(lambda shape: (*shape, 1)), convolutions, odd)
 
 
 def parameters(**fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Parameter]:
@@ -69,14 +70,14 @@ def patterns(draw: st.DrawFn, names: list[str]) -> str:
 
 def settings_for(names: list[str], **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     drawn = {
-        "rank": st.integers(1, 6) | st.dictionaries(patterns(names), st.integers(0, 6), min_size=1, max_size=3),
-        "min_compression_ratio": st.sampled_from([1.0, 1.5, 2.0]),
+        "rank": st.integers(1, 3) | st.integers(1, 6) | st.dictionaries(patterns(names), st.integers(0, 4), min_size=1),
+        "min_compression_ratio": st.sampled_from([1.0, 1.0, 2.0]),
         "alternate": st.booleans(),
         "error_feedback": st.sampled_from([True, True, False]),
         "warm_start": st.sampled_from([True, True, False]),
         "error_dtype": st.sampled_from([None, *DTYPES]),
         "comm_dtype": st.sampled_from([None, *DTYPES]),
-        "start_step": st.integers(0, 2),
+        "start_step": st.sampled_from([0, 0, 0, 1, 2]),
         "seed": st.integers(0, 3),
     }
     return st.fixed_dictionaries(drawn | fixed)
@@ -262,6 +263,9 @@ def test_state_fits_other_settings_and_layouts(data, model, seed):
         if "error" in entry and name in loaded.errors:
             error = loaded.errors[name]
             assert torch.equal(error, saturated(entry["error"].clone(), error.dtype).to(error.dtype))
+        for side, factor in loaded.state_dict()["parameters"].get(name, entry)["factors"].items():
+            there = entry["factors"].get(side, torch.empty(0))
+            assert there.shape != factor.shape or torch.equal(factor, there.to(factor.dtype))
 
 
 def require_sound(state: PowerSGDState) -> None:
@@ -358,7 +362,7 @@ def test_a_damaged_state_is_refused_as_a_whole_or_loads_as_a_sound_one(data, mod
 @st.composite
 def cases(
     draw: st.DrawFn,
-    world_sizes: tuple[int, ...] = (1, 2, 3, 4),
+    world_sizes: tuple[int, ...] = (2, 3, 4),
     parameter: st.SearchStrategy[Parameter] | None = None,
     sizes: tuple[float, ...] = (1.0, 1.0, 1.0, 1e-3, 50.0, 0.0),
     saved: bool = False,
@@ -367,11 +371,10 @@ def cases(
 ) -> Case:
     world_size = draw(st.sampled_from(world_sizes))
     drawn = tuple(draw(st.lists(parameters() if parameter is None else parameter, min_size=1, max_size=5)))
-    steps = draw(st.integers(2 if saved else 1, 6))
-    places = st.integers(0, steps - 1), st.integers(0, world_size - 1), st.integers(0, len(drawn) - 1)
-    spots = st.builds(Spot, *places, st.integers(0, 200), st.sampled_from([math.inf, -math.inf, math.nan]))
-    # The first parameter is always used, since a backward pass needs one.
-    unused = st.frozensets(st.tuples(*places).filter(lambda place: place[2] > 0), max_size=12)
+    steps = draw(st.integers(3, 6))
+    step, rank, index = (st.integers(0, end - 1) for end in (steps, world_size, len(drawn)))
+    spots = st.builds(Spot, step, rank, index, st.integers(0, 200), st.sampled_from([math.inf, -math.inf, math.nan]))
+    unused = st.frozensets(st.tuples(step, st.none() | rank, index), min_size=2, max_size=12)
     case = Case(
         world_size,
         drawn,
@@ -471,7 +474,7 @@ def require_no_trace(case: Case, runs: list[Run]) -> None:
             assert all(same(*run.errors[row]) and same(*run.factors[row]) for run in runs)
 
 
-@given(cases(world_sizes=(2, 3, 4)))
+@given(cases())
 def test_what_is_sent_whole_is_the_mean(ranks, case):
     run, *_ = played(ranks, case)
     for step in range(case.steps):
@@ -484,7 +487,7 @@ def test_what_is_sent_whole_is_the_mean(ranks, case):
             assert ((averaged - gradients.mean(dim=0)).abs() <= allowed).all(), f"parameter {index}, step {step}"
 
 
-@given(cases(world_sizes=(2, 3, 4)))
+@given(cases())
 def test_the_bytes_are_those_of_the_plan(ranks, case):
     run, *_ = played(ranks, case)
     first, alternate = case.config["start_step"], case.config["alternate"]
@@ -498,7 +501,7 @@ def test_the_bytes_are_those_of_the_plan(ranks, case):
     assert compressed == [expected] * len(compressed)
 
 
-@given(cases(world_sizes=(1,), saved=True) | cases(world_sizes=(1,), saved=True, spoilt=True))
+@given(cases((1,), saved=True) | cases((1,), saved=True, spoilt=True))
 def test_a_rank_that_was_always_alone_passes_gradients_through(ranks, case):
     [run] = played(ranks, case)
     [resumed] = played(ranks, case, start=case.save_after, saved=run.saved)
@@ -528,7 +531,6 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(ranks, case):
 
 @given(
     cases(
-        world_sizes=(2, 3, 4),
         parameter=parameters(dtype=st.just(torch.float64), gradient=st.just("dense")),
         sizes=(1.0, 1e-3, 50.0),
         saved=True,
@@ -549,7 +551,7 @@ def test_a_run_that_resumes_on_other_ranks_goes_on_as_before(ranks, case, world_
         assert (before - after).norm() <= 1e-8 * before.norm()
 
 
-@given(cases(saved=True) | cases(saved=True, spoilt=True), st.integers(1, 4))
+@given(cases((1, 2, 3, 4), saved=True) | cases((1, 2, 3, 4), saved=True, spoilt=True), st.integers(1, 4))
 def test_a_run_goes_on_soundly_on_any_number_of_ranks(ranks, case, world_size):
     before, *_ = played(ranks, case)
     case = replace(case, world_size=world_size)
