@@ -202,7 +202,7 @@ class PowerSGDStrategy(DDPStrategy):
         self._parameters: tuple[torch.nn.Parameter, ...] = ()
         self._trainable: tuple[bool, ...] = ()
         self._next_check = 0
-        self._alone = False
+        self._saved_alone = False
 
     @classmethod
     @override
@@ -237,13 +237,13 @@ class PowerSGDStrategy(DDPStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        self._saved_alone = False
         if trainer.state.fn == TrainerFn.FITTING:
             assert self.lightning_module is not None
             require_values(self.lightning_module.named_parameters())
             # Like the optimizers, a new fit starts afresh, unless a checkpoint is resumed.
             self._exchange = None
             self._next_check = self.check_replicas_every
-            self._alone = False
             self._add_monitor(trainer)
         super().setup(trainer)
 
@@ -297,26 +297,26 @@ class PowerSGDStrategy(DDPStrategy):
             checkpoint[CHECKPOINT_KEY] = self._exchange.state.state_dict(error_feedback=with_errors)
         with _temporary_files_beside(filepath):
             super().save_checkpoint(checkpoint, filepath, storage_options)
-        self._alone = alone
+        self._saved_alone = alone
 
     @override
     def barrier(self, name: str | None = None) -> None:
         # After a checkpoint that this rank saved alone, it would wait in vain. If the run goes on, that is true of the
         # one barrier that belongs to the checkpoint.
-        if self._alone:
-            self._alone = self._interrupted()
+        if self._saved_alone:
+            self._saved_alone = self._interrupted()
         else:
             super().barrier(name)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        return obj if self._alone else super().broadcast(obj, src)
+        return obj if self._saved_alone else super().broadcast(obj, src)
 
     @override
     def reduce(
         self, tensor: torch.Tensor, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
     ) -> torch.Tensor:
-        return tensor if self._alone else super().reduce(tensor, group, reduce_op)
+        return tensor if self._saved_alone else super().reduce(tensor, group, reduce_op)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
