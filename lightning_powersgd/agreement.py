@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
+
+T = TypeVar("T")
 
 
 def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGroup | None = None) -> None:
@@ -27,8 +30,7 @@ def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGr
     Raises:
         RuntimeError: on every rank, naming the first difference.
     """
-    everyone: list[Mapping[str, str]] = [{}] * dist.get_world_size(process_group)
-    dist.all_gather_object(everyone, settings, group=process_group)
+    everyone = _of_all_ranks(settings, process_group)
     for rank, theirs in enumerate(everyone):
         for name in {**everyone[0], **theirs}:
             if everyone[0].get(name) != theirs.get(name):
@@ -36,6 +38,12 @@ def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGr
                     f"The ranks disagree on {name}: rank 0 has {everyone[0].get(name, 'none')}, rank {rank} has"
                     f" {theirs.get(name, 'none')}. Start every rank with the same code, package versions and arguments."
                 )
+
+
+def _of_all_ranks(mine: Mapping[str, T], process_group: dist.ProcessGroup | None) -> list[Mapping[str, T]]:
+    everyone: list[Mapping[str, T]] = [mine] * dist.get_world_size(process_group)
+    dist.all_gather_object(everyone, mine, group=process_group)
+    return everyone
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -86,8 +94,7 @@ def repair_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
         rank.
     """
     kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    everyone: list[dict[str, object]] = [{}] * dist.get_world_size(process_group)
-    dist.all_gather_object(everyone, kinds, group=process_group)
+    everyone = _of_all_ranks(kinds, process_group)
     # In the first rank's order, or some would broadcast one tensor and some another.
     common = [name for name, kind in everyone[0].items() if all(theirs.get(name) == kind for theirs in everyone)]
     tensors = {name: tensors[name] for name in common}

@@ -300,17 +300,17 @@ class _GroupExchange:
         # When alternating there is no other, and it takes either factor.
         whole = [slot.numel for slot in group.whole]
         flags = len(group.compressed) if track_unused else 0
-        both: tuple[Side, Side] = ("left", "right")
-        self._lengths = {side: sum(slot.rank * slot.length(side) for slot in group.compressed) for side in both}
+        self._lengths = {side: sum(slot.rank * slot.length(side) for slot in group.compressed) for side in SIDES}
         self._start = sum(whole) + flags
-        first_sides, last_sides = (both, both) if self._alternate else (both[:1], both[1:])
+        first_sides, last_sides = (SIDES, SIDES) if self._alternate else (SIDES[:1], SIDES[1:])
         factors = max(self._lengths[side] for side in first_sides)
         room = passenger.last_length if passenger is not None and passenger.dtype == group.dtype else 0
         self._wire = exchange.new_wire(self._start + factors + room, group.dtype)
         parts = torch.split(self._wire.flat[: sum(whole)], whole)
         self._first_whole = {slot.name: part.view(slot.shape) for slot, part in zip(group.whole, parts, strict=True)}
         self._flags = dict(zip(self._matrices, self._wire.flat[sum(whole) : self._start], strict=False))
-        self._first = {side: self._factors(self._wire.flat[self._start :], side) for side in first_sides}
+        self._last_flat = self._wire.flat[self._start :]
+        self._payload = {side: self._factors(self._last_flat, side) for side in first_sides}
         if passenger is not None:
             passenger.lay_out_last(self._wire.flat[self._start + factors :] if room else None)
 
@@ -319,7 +319,6 @@ class _GroupExchange:
         own_dtype = torch.promote_types(group.dtype, torch.float32)
         self._own_flat = torch.zeros(own_length, dtype=own_dtype, device=self._state.device)
         self._own = {side: self._factors(self._own_flat, side) for side in last_sides}
-        self._payload, self._last_flat = self._first, self._wire.flat[self._start :]
         self._last_wire: _Wire | None = None
         self._whole: dict[str, Tensor] = {}
         self._taken = 0
@@ -337,7 +336,7 @@ class _GroupExchange:
         if flat is None:
             self._last_wire = self._exchange.new_wire(self.last_length, self.dtype)
             flat = self._last_wire.flat
-        self._payload, self._last_flat = {**self._first, "right": self._factors(flat, "right")}, flat
+        self._payload["right"], self._last_flat = self._factors(flat, "right"), flat
 
     @property
     def complete(self) -> bool:

@@ -249,10 +249,10 @@ class PowerSGDState:
         self.total_dense_bytes = state["total_dense_bytes"]
         self.total_sent_bytes = state["total_sent_bytes"]
         self.held = state["held"] if self.config.alternate else "right"
-        self.loss_scale.fill_(state.get("loss_scale", 1.0))
         # What is frozen now may be unfrozen later, and then finds here what it had.
         self._waiting = {name: entry for name, entry in saved.items() if name in self._frozen}
         self._waiting_scale = state.get("loss_scale", 1.0)
+        self.loss_scale.fill_(self._waiting_scale)
         dropped = [
             f"{name}: no longer {'compressed' if name in self.parameters else 'in the model'}"
             for name in saved
@@ -280,17 +280,14 @@ class PowerSGDState:
         """Move the buffers to a device, as Lightning moves an optimizer's state when a fit ends."""
         self.device = device
         self.loss_scale = self.loss_scale.to(device)
-        self.errors = {name: error.to(device) for name, error in self.errors.items()}
-        self.factors = {
-            name: {side: factor.to(device) for side, factor in sides.items()} for name, sides in self.factors.items()
-        }
-        self.magnitudes = {
-            name: {side: magnitude.to(device) for side, magnitude in sides.items()}
-            for name, sides in self.magnitudes.items()
-        }
-        self._waiting = {
-            name: _with_tensors(entry, lambda _, tensor: tensor.to(device)) for name, entry in self._waiting.items()
-        }
+
+        def move(_: str, tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        self.errors = _with_tensors(self.errors, move)
+        self.factors = _with_tensors(self.factors, move)
+        self.magnitudes = _with_tensors(self.magnitudes, move)
+        self._waiting = {name: _with_tensors(entry, move) for name, entry in self._waiting.items()}
 
     def _slot_state(self, slot: Slot, error_feedback: bool) -> dict[str, Any]:
         factors = {side: factor.clone() for side, factor in self.factors[slot.name].items()}
@@ -334,14 +331,14 @@ class PowerSGDState:
             dropped.append(f"{slot.name}: an error buffer was saved, but `error_feedback` is off")
         if error is not None:
             if "error" in saved:
-                error.copy_(saturated(saved["error"].clone(), error.dtype))
+                saturated(error.copy_(saved["error"]), error.dtype)
             else:
                 dropped.append(f"{slot.name}: no error buffer saved")
         return dropped
 
 
 def _with_tensors(entry: Mapping[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
-    """Change the tensors of a parameter's entry; those of both sides go by the same key."""
+    """Change the tensors of a mapping, by key; those of both sides go by the same one."""
     changed = dict(entry)
     for key, value in entry.items():
         if isinstance(value, Tensor):

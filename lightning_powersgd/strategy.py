@@ -262,10 +262,8 @@ class PowerSGDStrategy(DDPStrategy):
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only, and says nothing elsewhere.
         assert isinstance(self.model, DistributedDataParallel)
-        previous, self._exchange = (
-            self._exchange,
-            attach_powersgd(self.model, self.config, scaler=getattr(self.precision_plugin, "scaler", None)),
-        )
+        previous = self._exchange
+        self._exchange = attach_powersgd(self.model, self.config, getattr(self.precision_plugin, "scaler", None))
         state = self._exchange.state
         if previous is not None:
             # What a parameter that is frozen now had is kept as a checkpoint would keep it.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from nets import attach
+from nets import attach, like_an_accelerator, with_compiled_code
 from torch import Tensor, nn
 
 from lightning_powersgd import Plan, PowerSGDConfig, PowerSGDState, make_plan
@@ -192,11 +190,7 @@ def play(case: Case, start: int = 0, saved: bytes | None = None) -> Run:
     ddp = {"find_unused_parameters": case.unused is not None, "gradient_as_bucket_view": case.gradients_are_views}
     scaler = torch.amp.GradScaler("cpu") if case.scales else None
     run = Run(averaged=[], errors=[], factors=[], start=start)
-    with contextlib.ExitStack() as patches:
-        if not case.compiled:
-            patches.enter_context(mock.patch("lightning_powersgd.native.library", return_value=None))
-        if case.accelerator:
-            patches.enter_context(mock.patch("lightning_powersgd.hook._waits_for", return_value=False))
+    with with_compiled_code(case.compiled), like_an_accelerator(case.accelerator):
         model, exchange = attach(case.module(), case.bucket_cap_mb, ddp, scaler, **case.config)
         state = exchange.state
         if saved is not None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +56,29 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
+class Silent(Classifier):
+    """Logs nothing: with some versions, torch.compile fails in `self.log`, whatever the strategy."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self(batch[0])
+
+
 def loader(samples: int = 160, batch_size: int = 8, shuffle: bool = True) -> DataLoader:
     generator = torch.Generator().manual_seed(0)
     rule = torch.randn(32, 10, generator=generator)
     x = torch.randn(samples, 32, generator=generator)
     y = (x @ rule).argmax(dim=1)
     return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=shuffle)
+
+
+def learnable(seed: int, samples: int = 32, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Samples of a rule that is the same for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, 32, generator=generator, dtype=dtype)
+    return x, (x[:, :10] + x[:, 10:20]).argmax(dim=1)
 
 
 class ReplicasAgree(Callback):
@@ -91,3 +112,25 @@ def trainer(strategy: Any = "powersgd", *, root: str | Path, **kwargs: Any) -> T
 
 def replicas_agree(module: nn.Module) -> bool:
     return gather_equal(list(module.parameters()))
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The norm of all elements together."""
+    return float(sum(tensor.double().square().sum() for tensor in tensors)) ** 0.5
+
+
+@contextlib.contextmanager
+def messages():
+    """Collect what is said through Lightning's log and as warnings."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addHandler(handler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield said
+        finally:
+            log.removeHandler(handler)
+            said += [str(warning.message) for warning in caught]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_powersgd import PowerSGDConfig, attach_powersgd
+from lightning_powersgd import PowerSGDConfig, attach_powersgd, native
 
 
 def make_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -39,3 +41,13 @@ def attach(
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def like_an_accelerator(yes: bool):
+    """Let the exchange go the way it goes where the host does not wait for the device."""
+    return mock.patch("lightning_powersgd.hook._waits_for", return_value=False) if yes else contextlib.nullcontext()
+
+
+def with_compiled_code(yes: bool):
+    """Compute with compiled code, or with PyTorch's operations as where there is no compiler."""
+    return contextlib.nullcontext() if yes else mock.patch.object(native, "library", return_value=None)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,11 +12,11 @@ from golden.write import CASES, FOLDER, Network, holdings
 from golden.write import resume as resume_golden
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Classifier, loader, trainer
-from test_strategy import Silent, messages
+from models import Classifier, Silent, loader, messages, trainer
+from nets import with_compiled_code
 from torch import Tensor, nn
 
-from lightning_powersgd import PowerSGDConfig, PowerSGDState, PowerSGDStrategy, native
+from lightning_powersgd import PowerSGDConfig, PowerSGDState, PowerSGDStrategy
 from lightning_powersgd.state import FORMAT_VERSION
 
 # Of an epoch. Odd, so that an alternating run is saved when the left factor is held.
@@ -234,7 +232,7 @@ def _other_buckets(root: str, config: dict[str, Any], compiled: bool) -> tuple[l
         model, saver = Classifier(), ModelCheckpoint(root, "{epoch}", save_top_k=-1)
         strategy = PowerSGDStrategy(bucket_cap_mb=cap, **config)
         run = trainer(strategy, root=root, callbacks=[saver], enable_checkpointing=True)
-        with contextlib.nullcontext() if compiled else mock.patch.object(native, "library", return_value=None):
+        with with_compiled_code(compiled):
             run.fit(model, loader(16 * STEPS, shuffle=False), ckpt_path=path)
         state = run.strategy.exchange.state
         groups.append(len(state.plan.groups))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from models import trainer
+from models import learnable, norm, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,9 +27,7 @@ class EachStepItsBatch(LightningModule):
         self.net = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 10))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.global_step)
-        x = torch.randn(GLOBAL_BATCH, 32, generator=generator, dtype=torch.float64)
-        y = (x[:, :10] + x[:, 10:20]).argmax(dim=1)
+        x, y = learnable(self.global_step, GLOBAL_BATCH, torch.float64)
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return F.cross_entropy(self.net(x[rank::world_size].to(self.dtype)), y[rank::world_size])
 
@@ -44,9 +42,8 @@ def go_on(root: str, start: int, end: int, config: dict[str, Any], precision: st
     run = trainer(PowerSGDStrategy(**config), root=root, max_steps=end, max_epochs=-1, precision=precision)
     run.fit(model, DataLoader(torch.zeros(1000)), ckpt_path=f"{root}/{start}.ckpt" if start else None)
     run.save_checkpoint(f"{root}/{end}.ckpt")
-    errors = run.strategy.exchange.state.errors.values()
-    norm = float(sum(error.double().square().sum() for error in errors)) ** 0.5
-    return {name: p.detach().clone() for name, p in model.named_parameters()}, norm
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return parameters, norm(run.strategy.exchange.state.errors.values())
 
 
 def follow(ranks, root: Path, path: list[tuple[int, int]], config: dict[str, Any], precision: str) -> dict[str, Tensor]:
@@ -54,9 +51,9 @@ def follow(ranks, root: Path, path: list[tuple[int, int]], config: dict[str, Any
     root.mkdir()
     start = 0
     for world_size, end in path:
-        parameters, norm = ranks[world_size].run(go_on, str(root), start, end, config, precision)[0]
+        parameters, held_back = ranks[world_size].run(go_on, str(root), start, end, config, precision)[0]
         start = end
-    assert norm > 0, "nothing was held back that could be lost"
+    assert held_back > 0, "nothing was held back that could be lost"
     return parameters
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from typing import Any
@@ -12,15 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from nets import attach, gradients, make_batches, make_net
-from ranks import Ranks, counted_all_reduce, gather_equal
+from nets import attach, gradients, make_batches, make_net, with_compiled_code
+from ranks import counted_all_reduce, gather_equal
 from reference import Reference
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as pytorch_powersgd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd, native
+from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd
 
 STEPS = 50
 
@@ -96,10 +95,6 @@ def worst_deviation(results: list[dict[str, Any]], *, resynchronise: bool, alter
     return worst
 
 
-def ranks_of(request: pytest.FixtureRequest, world_size: int) -> Ranks:
-    return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
-
-
 # The trajectory amplifies rounding: wherever two singular values lie close, the last bit decides which direction is
 # sent first, and the error feedback remembers it. Over 50 steps of these noisy gradients a difference of 1e-7 grows to
 # 1e-1, as it does between two orders of summation. So the fast path is compared twice: in float64, where the whole run
@@ -110,9 +105,9 @@ def ranks_of(request: pytest.FixtureRequest, world_size: int) -> Ranks:
 @pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_fifty_steps_follow_the_reference_in_float64(request, world_size, rank, alternate):
+def test_fifty_steps_follow_the_reference_in_float64(ranks, world_size, rank, alternate):
     config = {"rank": rank, "alternate": alternate, "min_compression_ratio": 1.0}
-    results = ranks_of(request, world_size).run(train, dtype=torch.float64, **config)
+    results = ranks[world_size].run(train, dtype=torch.float64, **config)
     assert all(result["equal"] for result in results)
     # Rounding is 1e-16; the amplification of the run takes up to nine digits of it (6e-8 was seen).
     assert worst_deviation(results, resynchronise=False, **config) < 1e-5
@@ -122,9 +117,9 @@ def test_fifty_steps_follow_the_reference_in_float64(request, world_size, rank, 
 @pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_each_of_fifty_steps_equals_the_reference_in_float32(request, world_size, rank, alternate):
+def test_each_of_fifty_steps_equals_the_reference_in_float32(ranks, world_size, rank, alternate):
     config = {"rank": rank, "alternate": alternate, "min_compression_ratio": 1.0}
-    results = ranks_of(request, world_size).run(train, **config)
+    results = ranks[world_size].run(train, **config)
     assert all(result["equal"] for result in results)
     # Some ten roundings of 6e-8 (8e-7 was seen).
     assert worst_deviation(results, resynchronise=True, **config) < 5e-6
@@ -178,7 +173,7 @@ def test_a_step_makes_no_dense_temporary(two_ranks, compiled, alternate):
 def _largest_temporary(compiled: bool, alternate: bool) -> tuple[int, int]:
     model, _ = attach(nn.Linear(400, 400, bias=False), alternate=alternate)
     temporaries = Temporaries()
-    with contextlib.nullcontext() if compiled else mock.patch.object(native, "library", return_value=None):
+    with with_compiled_code(compiled):
         for _ in range(3):
             model.zero_grad()
             loss = model(torch.ones(1, 400)).sum()
@@ -645,12 +640,8 @@ def _raise(gradient: Tensor) -> None:
     raise RuntimeError("broken off")
 
 
-def test_one_rank_passes_gradients_through_untouched():
-    ranks = Ranks(1)
-    try:
-        assert ranks.run(_alone) == [True]
-    finally:
-        ranks.stop()
+def test_one_rank_passes_gradients_through_untouched(ranks):
+    assert ranks[1].run(_alone) == [True]
 
 
 def _alone() -> bool:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.plugins import MixedPrecision
-from models import Classifier, loader, replicas_agree, trainer
-from nets import attach, gradients, make_batches, make_net
+from models import Classifier, learnable, loader, norm, replicas_agree, trainer
+from nets import attach, gradients, like_an_accelerator, make_batches, make_net
 from ranks import gather_equal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,11 +31,6 @@ class AsksTheDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.asked += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
-
-
-def like_an_accelerator(yes: bool):
-    """Let the exchange go the way it goes where the host does not wait for the device."""
-    return mock.patch("lightning_powersgd.hook._waits_for", return_value=False) if yes else contextlib.nullcontext()
 
 
 # Loss scale
@@ -286,12 +279,6 @@ class Repeats(Classifier):
         self.trainer.should_stop = self.batch == GOOD_STEPS
 
 
-def learnable(seed: int, samples: int = 32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, 32, generator=generator)
-    return x, (x[:, :10] + x[:, 10:20]).argmax(dim=1)
-
-
 @ALTERNATE
 def test_a_hundred_overflows_do_not_change_a_mixed_precision_run(fit, alternate):
     # One of six steps, four to six finite ones between two, in which the loss scale grows back.
@@ -361,9 +348,5 @@ def _resume_scaled(root: str) -> list[float]:
         run = trainer(root=root, max_steps=9, max_epochs=-1)
         run.fit(Classifier(), loader(shuffle=False), ckpt_path=f"{root}/{scale}.ckpt")
         assert float(run.strategy.exchange.state.loss_scale) == 1.0
-        norms.append(_norm(run.strategy.exchange.state.errors.values()))
+        norms.append(norm(run.strategy.exchange.state.errors.values()))
     return norms
-
-
-def _norm(tensors: Any) -> float:
-    return float(sum(tensor.double().square().sum() for tensor in tensors)) ** 0.5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import logging
 import tempfile
 import warnings
 from datetime import timedelta
@@ -30,8 +29,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.imports import RequirementCache
-from models import Classifier, loader, replicas_agree, trainer
-from ranks import Ranks, counted_all_reduce, gather_equal
+from models import Classifier, Silent, loader, messages, replicas_agree, trainer
+from ranks import counted_all_reduce, gather_equal
 from torch import Tensor, nn
 
 from lightning_powersgd import (
@@ -369,16 +368,6 @@ def test_precision(fit, precision):
         assert result["metrics"]["train_loss"] < 1.0
 
 
-class Silent(Classifier):
-    """Logs nothing: with some versions, torch.compile fails in `self.log`, whatever the strategy."""
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self(batch[0])
-
-
 def test_compiled_module(fit):
     compiled, plain = fit(_compiled, True)[0], fit(_compiled, False)[0]
     assert compiled["agree"]
@@ -613,9 +602,8 @@ def _progress_bar(root: str, prog_bar: bool) -> bool:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("config", [{"rank": 1}, {"rank": 2}, {"rank": 2, "alternate": True}], ids=str)
-def test_a_resumed_fit_equals_the_uninterrupted_one_bit_for_bit(request, tmp_path, world_size, config, optimizer):
-    ranks = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size])
-    for parameters, metrics, agree in ranks.run(_resume, str(tmp_path), config, optimizer):
+def test_a_resumed_fit_equals_the_uninterrupted_one_bit_for_bit(ranks, tmp_path, world_size, config, optimizer):
+    for parameters, metrics, agree in ranks[world_size].run(_resume, str(tmp_path), config, optimizer):
         assert agree
         assert parameters, "the parameters differ"
         assert metrics[0] == metrics[1]
@@ -683,23 +671,6 @@ def _cross_load(root: str, first: str, second: str) -> tuple[bool, int]:
     return replicas_agree(model), run.global_step
 
 
-@contextlib.contextmanager
-def messages():
-    """Collect what is said through Lightning's log and as warnings."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    log.addHandler(handler)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield said
-        finally:
-            log.removeHandler(handler)
-            said += [str(warning.message) for warning in caught]
-
-
 def test_weights_alone_are_restored_for_validation(fit):
     fit(_validate_weights)
 
@@ -737,16 +708,12 @@ def _resume_changed(root: str, config: dict[str, Any]) -> tuple[bool, list[str]]
     return replicas_agree(model), said
 
 
-def test_files_of_one_step_resume_alike_on_three_ranks(request, tmp_path):
+def test_files_of_one_step_resume_alike_on_three_ranks(ranks, tmp_path):
     # A mean over three ranks rounds. The second file of a step must not average what is averaged.
-    ranks = Ranks(3)
-    try:
-        for equal, metrics, agree in ranks.run(_resume, str(tmp_path), {}, "sgd", save_last=True):
-            assert agree
-            assert equal
-            assert metrics[0] == metrics[1]
-    finally:
-        ranks.stop()
+    for equal, metrics, agree in ranks[3].run(_resume, str(tmp_path), {}, "sgd", save_last=True):
+        assert agree
+        assert equal
+        assert metrics[0] == metrics[1]
 
 
 def test_a_checkpoint_on_an_exception_of_all_ranks_is_complete(fit, tmp_path):
