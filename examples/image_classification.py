@@ -18,6 +18,7 @@ import time
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,9 +188,11 @@ class ExampleCLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule)
 
 
-def main() -> None:
-    """Run the command line."""
-    # The images lie in memory: worker processes would only take time from the training.
+def run_command_line(
+    model: type[LightningModule], data: type[LightningDataModule], trainer_defaults: dict[str, Any]
+) -> None:
+    """Run the command line of an example on two CPU processes, unless it says otherwise."""
+    # The data lie in memory: worker processes would only take time from the training.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # Said of test sets that the processes cannot share evenly; these can.
     warnings.filterwarnings("ignore", ".*recommended to use `Trainer\\(devices=1.*")
@@ -199,10 +202,10 @@ def main() -> None:
     rank_zero_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     rank_zero_log.addFilter(lambda record: "Tip:" not in record.getMessage())
     ExampleCLI(
-        ImageClassifier,
-        ImageDataModule,
+        model,
+        data,
         seed_everything_default=0,
-        trainer_defaults={"accelerator": "cpu", "devices": 2, "max_epochs": 10},
+        trainer_defaults={"accelerator": "cpu", "devices": 2, **trainer_defaults},
         save_config_kwargs={"overwrite": True},
     )
     # With plain DDP, Lightning leaves gloo's process group open, and its threads abort a process now and then.
@@ -211,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(ImageClassifier, ImageDataModule, {"max_epochs": 10})

@@ -5,51 +5,18 @@ They keep no running statistics, so DDP has no buffers to broadcast, and draw no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+sys.path.append(str(Path(__file__).parents[1]))  # where the examples lie
 
-class _Block(nn.Module):
-    """A residual block of two 3×3 convolutions."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(channels, track_running_stats=False),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels, track_running_stats=False),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False),
-                nn.BatchNorm2d(channels, track_running_stats=False),
-            )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Add the block's output to its input."""
-        return F.relu(self.body(images) + self.shortcut(images))
-
-
-def resnet18() -> nn.Module:
-    """ResNet-18 in the form for images of 32×32 pixels: 11.2 M parameters."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64, track_running_stats=False),
-        nn.ReLU(),
-    ]
-    channels_in = 64
-    for channels, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [_Block(channels_in, channels, stride), _Block(channels, channels, 1)]
-        channels_in = channels
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+from resnet import resnet18
 
 
 def transformer(width: int, layers: int) -> nn.Module:
@@ -97,6 +64,6 @@ def transformer_of(width: int, layers: int, batch: int, tokens: int) -> Network:
 
 NETWORKS = {
     "transformer": transformer_of(512, 6, batch=2, tokens=64),
-    "resnet18": Network("ResNet-18", resnet18, (4, 3, 32, 32)),
+    "resnet18": Network("ResNet-18", partial(resnet18, running_statistics=False), (4, 3, 32, 32)),
     "tiny": transformer_of(64, 2, batch=2, tokens=16),
 }

@@ -1,0 +1,111 @@
+"""What is learnt in the study, and every way in which its gradients are exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from image_classification import ImageClassifier, ImageDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from resnet import resnet18
+from text_transformer import ByteTransformer, TextDataModule
+
+# Settings of the strategy by the name of the variant; `None` is plain DDP. Of `start_step`, the share of all steps.
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "DDP": None,
+    "rank 1": {"rank": 1},
+    "rank 2": {"rank": 2},
+    "rank 4": {"rank": 4},
+    "alternating, rank 2": {"rank": 2, "alternate": True},
+    "alternating, rank 4": {"rank": 4, "alternate": True},
+    "rank 2, bfloat16 errors": {"rank": 2, "error_dtype": "bfloat16"},
+    "rank 2, no error feedback": {"rank": 2, "error_feedback": False},
+    "rank 2, no warm start": {"rank": 2, "warm_start": False},
+    "rank 2, first tenth exact": {"rank": 2, "start_step": 0.1},
+    "rank 8": {"rank": 8},
+    "rank 16": {"rank": 16},
+    "rank 32": {"rank": 32},
+}
+
+
+class ResNetClassifier(ImageClassifier):
+    """The image classifier with ResNet-18 as its network, and weight decay.
+
+    Args:
+        learning_rate: peak of the one-cycle schedule.
+        width: channels of the network's first blocks.
+    """
+
+    def __init__(self, learning_rate: float = 0.05, width: int = 32) -> None:
+        super().__init__(learning_rate)
+        self.network = resnet18(width, channels_in=1, stride=2)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=self.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to learn.
+
+    Args:
+        title: for tables.
+        metric: the name that the test logs.
+        scale: by which it is multiplied, to read it in `unit`.
+        unit: of the scaled metric.
+        module: makes the module.
+        data: makes the data from the folder that holds them.
+        steps: of a training, by default.
+        variants: what is tried.
+        trainer: further arguments of the Trainer.
+    """
+
+    title: str
+    metric: str
+    scale: float
+    unit: str
+    module: Callable[[], LightningModule]
+    data: Callable[[Path], LightningDataModule]
+    steps: int
+    variants: dict[str, dict[str, Any] | None]
+    trainer: dict[str, Any]
+
+
+TASKS = {
+    "images": Task(
+        title="ResNet-18 on Fashion-MNIST",
+        metric="accuracy",
+        scale=100,
+        unit="%",
+        module=ResNetClassifier,
+        data=lambda folder: ImageDataModule(folder, batch_size=64),
+        steps=600,
+        variants=VARIANTS,
+        trainer={},
+    ),
+    "text": Task(
+        title="a byte-level transformer on English text",
+        metric="bits_per_byte",
+        scale=1,
+        unit="bits a byte",
+        module=ByteTransformer,
+        data=lambda folder: TextDataModule(folder, batch_size=8),
+        steps=900,
+        variants={
+            **VARIANTS,
+            "rank 2, ends whole": {"rank": {"*embedding*": 0, "head*": 0, "*": 2}},
+            "rank 4, ends whole": {"rank": {"*embedding*": 0, "head*": 0, "*": 4}},
+        },
+        trainer={"gradient_clip_val": 1.0},
+    ),
+}
