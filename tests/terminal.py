@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 
 
-def run(command: list[str], root: Path) -> str:
-    """Run a program in a directory; give what it printed."""
+def run(command: list[str], root: Path, fails: bool = False) -> str:
+    """Run a program in a directory; give what it printed. It must succeed, or fail."""
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     # Not the surroundings of this test run, which may itself have been started by a launcher.
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -25,5 +25,5 @@ def run(command: list[str], root: Path) -> str:
             # Also the ranks that a launcher started, which would outlive it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(started.pid, signal.SIGKILL)
-    assert started.returncode == 0, said
+    assert (started.returncode != 0) is fails, said
     return said

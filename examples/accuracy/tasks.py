@@ -63,6 +63,7 @@ class Task:
         metric: the name that the test logs.
         scale: by which it is multiplied, to read it in `unit`.
         unit: of the scaled metric.
+        goal: how far from plain DDP is near enough, in that unit or, with ``%``, in per cent of plain DDP's.
         module: makes the module.
         data: makes the data from the folder that holds them.
         steps: of a training, by default.
@@ -74,6 +75,7 @@ class Task:
     metric: str
     scale: float
     unit: str
+    goal: str
     module: Callable[[], LightningModule]
     data: Callable[[Path], LightningDataModule]
     steps: int
@@ -86,7 +88,8 @@ TASKS = {
         title="ResNet-18 on Fashion-MNIST",
         metric="accuracy",
         scale=100,
-        unit="%",
+        unit="accuracy",
+        goal="0.3 points",
         module=ResNetClassifier,
         data=lambda folder: ImageDataModule(folder, batch_size=64),
         steps=600,
@@ -94,10 +97,11 @@ TASKS = {
         trainer={},
     ),
     "text": Task(
-        title="a byte-level transformer on English text",
+        title="A byte-level transformer on English text",
         metric="bits_per_byte",
         scale=1,
         unit="bits a byte",
+        goal="1 %",
         module=ByteTransformer,
         data=lambda folder: TextDataModule(folder, batch_size=8),
         steps=900,

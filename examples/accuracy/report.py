@@ -1,0 +1,200 @@
+"""Lay the study's results side by side: a table for each task, and a figure of what was learnt against what was sent.
+
+    python examples/accuracy/report.py
+
+Reads ``RESULTS/*.jsonl``, which `study.py` wrote, and writes a table ``RESULTS/TASK.md`` beside each, and one figure,
+``RESULTS/accuracy.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+
+# What the benchmarks share.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from common import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, ResultTable, format_bytes, log_axis
+from study import RESULTS, read
+from tasks import TASKS, Task
+
+# Variants that are points of one line, and the colour, line and marker of each line.
+LINES: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "full steps": (("rank 1", "rank 2", "rank 4", "rank 8", "rank 16", "rank 32"), BLUE, "-o"),
+    "alternating": (("alternating, rank 2", "alternating, rank 4"), ORANGE, "--s"),
+    "embeddings and head whole": (("rank 2, ends whole", "rank 4, ends whole"), SKY, ":D"),
+    "rank 2, first tenth exact": (("rank 2, first tenth exact",), GREEN, "^"),
+    "rank 2, bfloat16 errors": (("rank 2, bfloat16 errors",), PURPLE, "P"),
+    "rank 2, no warm start": (("rank 2, no warm start",), GREY, "v"),
+    "rank 2, no error feedback": (("rank 2, no error feedback",), GREY, "X"),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All seeds of a variant.
+
+    Args:
+        values: the metric, by seed. Infinite where it diverged.
+        bytes_per_step: that a rank handed to all-reduce, in the mean over the steps.
+    """
+
+    values: dict[int, float]
+    bytes_per_step: float
+
+    @property
+    def mean(self) -> float:
+        """The metric's mean over the seeds."""
+        return float(np.mean(list(self.values.values())))
+
+    @property
+    def deviation(self) -> float:
+        """The metric's standard deviation over the seeds; 0 with one."""
+        values = list(self.values.values())
+        return float(np.std(values, ddof=1)) if len(values) > 1 and math.isfinite(self.mean) else 0.0
+
+    def beyond(self, reference: Outcome) -> np.ndarray:
+        """Subtract a reference, seed by seed."""
+        return np.array([value - reference.values[seed] for seed, value in self.values.items()])
+
+
+def summarise(task: Task, runs: list[dict[str, Any]]) -> dict[str, Outcome]:
+    """Gather the runs of each variant, in the order of the task's; of seeds that plain DDP ran, too."""
+    values: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        value = run[task.metric]
+        values[run["variant"]][run["seed"]] = float("inf") if value is None else value
+    sent = {run["variant"]: run["bytes_per_step"] for run in runs}
+    outcomes = {}
+    for variant in task.variants:
+        paired = {seed: value for seed, value in values[variant].items() if seed in values["DDP"]}
+        if paired:
+            outcomes[variant] = Outcome(paired, sent[variant])
+    return outcomes
+
+
+def tabulate(name: str, task: Task, runs: list[dict[str, Any]]) -> ResultTable:
+    """Make a task's table."""
+    outcomes = summarise(task, runs)
+    ddp = outcomes["DDP"]
+    steps, ranks = runs[0]["steps"], runs[0]["ranks"]
+    table = ResultTable(
+        task.title,
+        ["gradients", "bytes a step", "saved", task.unit, "minus DDP", "seeds"],
+        f"{task.unit.capitalize()} on the test set after {steps} steps on {ranks} processes: mean ± standard deviation"
+        " over the seeds. “minus DDP” compares runs with the same seed: mean ± standard error."
+        f" `torchrun --standalone --nproc-per-node {ranks} examples/accuracy/study.py {name} --data-dir FOLDER --seeds"
+        f" {' '.join(str(seed) for seed in ddp.values)}` and `python examples/accuracy/report.py`."
+        f" Machine: {machines(runs)}.",
+    )
+    digits = 2 if task.scale == 100 else 3
+    for variant, outcome in outcomes.items():
+        saved = 100 * (1 - outcome.bytes_per_step / ddp.bytes_per_step)
+        difference = outcome.beyond(ddp)
+        error = float(np.std(difference, ddof=1)) / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
+        converged = math.isfinite(outcome.mean)
+        table.rows.append(
+            [
+                variant,
+                format_bytes(outcome.bytes_per_step),
+                f"{saved:.1f} %" if outcome is not ddp else "",
+                f"{outcome.mean:.{digits}f} ± {outcome.deviation:.{digits}f}" if converged else "diverged",
+                f"{np.mean(difference):+.{digits}f} ± {error:.{digits}f}" if converged and outcome is not ddp else "",
+                str(len(outcome.values)),
+            ]
+        )
+    return table
+
+
+def machines(runs: list[dict[str, Any]]) -> str:
+    """Name the machines and the revisions that the runs were done with."""
+    facts = ("cpu", "cores", "python", "torch", "precision", "commit")
+    return "; ".join(sorted({", ".join(f"{fact}: {run[fact]}" for fact in facts) for run in runs}))
+
+
+def plot(axes: Axes, task: Task, runs: list[dict[str, Any]]) -> None:
+    """Draw a task's metric against the bytes."""
+    outcomes = summarise(task, runs)
+    ddp = outcomes["DDP"]
+    amount, unit = task.goal.split()
+    near = float(amount) * (ddp.mean / 100 if unit == "%" else 1)
+    axes.axhspan(
+        ddp.mean - near, ddp.mean + near, color=GREEN, alpha=0.12, lw=0, label="goal: within 0.3 points or 1 %"
+    )
+    axes.axvspan(0, ddp.bytes_per_step / 100, color=GREY, alpha=0.12, lw=0, label="99 % saved and more")
+    point(axes, [ddp], BLACK, "*", "plain DDP", size=13)
+    for label, (variants, colour, style) in LINES.items():
+        found = [outcomes[variant] for variant in variants if variant in outcomes]
+        found = [outcome for outcome in found if math.isfinite(outcome.mean)]
+        if found:
+            point(axes, found, colour, style, label, size=7)
+    for variant in LINES["full steps"][0]:
+        if variant in outcomes:
+            axes.annotate(
+                variant.removeprefix("rank "),
+                (outcomes[variant].bytes_per_step, outcomes[variant].mean),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                color=BLUE,
+            )
+    log_axis(axes.xaxis)
+    axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
+    axes.set(title=task.title, xlabel="bytes a step and process", ylabel=f"{task.unit} on the test set")
+    axes.grid(alpha=0.3)
+
+
+def point(axes: Axes, outcomes: list[Outcome], colour: str, style: str, label: str, size: float) -> None:
+    """Draw outcomes with their standard deviations."""
+    axes.errorbar(
+        [outcome.bytes_per_step for outcome in outcomes],
+        [outcome.mean for outcome in outcomes],
+        [outcome.deviation for outcome in outcomes],
+        fmt=style,
+        color=colour,
+        label=label,
+        markersize=size,
+        capsize=3,
+    )
+
+
+def main() -> None:
+    """Write the tables and the figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    folder = parser.parse_args().results
+    runs = {name: read(folder / f"{name}.jsonl") for name in TASKS}
+    runs = {name: lines for name, lines in runs.items() if any(line["variant"] == "DDP" for line in lines)}
+    if not runs:
+        raise SystemExit(f"There is no run of plain DDP in {folder}. Run examples/accuracy/study.py first.")
+    figure = Figure(figsize=(6.2 * len(runs), 5.2), layout="constrained")
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    for axes, (name, lines) in zip(panels, runs.items(), strict=True):
+        table = tabulate(name, TASKS[name], lines)
+        (folder / f"{name}.md").write_text(table.to_markdown())
+        console.print(table.to_rich())
+        plot(axes, TASKS[name], lines)
+    legends = [dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) for axes in panels]
+    handles = {label: handle for legend in legends for label, handle in legend.items()}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(folder / "accuracy.png", dpi=150)
+    console.print(f"Figure: {folder / 'accuracy.png'}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
