@@ -54,3 +54,16 @@ def fit(two_ranks: Ranks, tmp_path: Path) -> Callable[..., list[Any]]:
         return two_ranks.run(function, str(tmp_path), *args, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def namespaces(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Two network namespaces, as the benchmarks make them: 10.0.0.1 and 10.0.0.2, each on its `eth0`."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+    import network
+
+    try:
+        with network.emulated_network(2) as names:
+            yield names
+    except network.NetworkError as error:
+        pytest.skip(str(error))

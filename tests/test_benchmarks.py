@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -219,17 +218,6 @@ def test_namespaces_go_away_when_making_them_fails(monkeypatch):
         pass
     prefix = f"powersgd-{os.getpid()}"
     assert commands[-3:] == [("ip", "netns", "delete", f"{prefix}-{end}") for end in ("0", "1", "switch")]
-
-
-@pytest.fixture
-def namespaces() -> Iterator[list[str]]:
-    import network
-
-    try:
-        with network.emulated_network(2) as names:
-            yield names
-    except network.NetworkError as error:
-        pytest.skip(str(error))
 
 
 def measure_rate(rank) -> float:
