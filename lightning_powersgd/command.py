@@ -12,11 +12,12 @@ import ast
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning_powersgd import report
 from lightning_powersgd.forecast import DEFAULT_LATENCY, Forecast, forecast_exchange, parse_rate
@@ -33,8 +34,6 @@ DEFAULT_LINKS = ("100mbit", "1gbit", "10gbit", "100gbit")
 _WIDTH_OF_FILES = 120
 
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
-
-T = TypeVar("T")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         links = [forecast.over(link) for link in arguments.links or DEFAULT_LINKS]
         if arguments.plot is not None:
             report.draw(forecast, links, _title(forecast, arguments)).savefig(arguments.plot, dpi=150)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         plan.error(str(error))
     if arguments.json:
         content = {"target": arguments.target, **report.to_json(forecast, links, arguments.step_seconds)}
@@ -118,7 +117,7 @@ def _add_plan(commands: Any) -> _Parser:
         dest="links",
         action="append",
         metavar="SPEED",
-        type=_checked(parse_rate, keep_text=True),
+        type=_link,
         help=f"such as 1gbit or 400mbit; repeat it for more (default {' '.join(DEFAULT_LINKS)})",
     )
     network.add_argument(
@@ -140,7 +139,7 @@ def _add_plan(commands: Any) -> _Parser:
     )
     times.add_argument(
         "--step-seconds",
-        type=_checked(_positive),
+        type=float,
         metavar="SECONDS",
         help="of forward and backward without exchange: also shows the speed-up of a step",
     )
@@ -154,6 +153,10 @@ def _add_plan(commands: Any) -> _Parser:
 
 
 def _forecast(arguments: argparse.Namespace) -> Forecast:
+    if arguments.step_seconds is not None and not 0 < arguments.step_seconds < math.inf:
+        raise ValueError(
+            f"`step_seconds={arguments.step_seconds}` is not the time of a step. Give seconds, such as 0.25."
+        )
     config = PowerSGDConfig(
         rank=_rank(arguments.rank),
         min_compression_ratio=arguments.min_compression_ratio,
@@ -183,7 +186,7 @@ def _title(forecast: Forecast, arguments: argparse.Namespace) -> str:
     return f"{name}, rank {ranks}{options}, {forecast.world_size} processes"
 
 
-def _rank(values: list[str] | None) -> Any:
+def _rank(values: list[str] | None) -> int | Mapping[str, int]:
     if values is None:
         return PowerSGDConfig.rank
     pairs = [value.rpartition("=")[::2] for value in values]
@@ -209,23 +212,12 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _positive(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise ValueError(f"{text} is not a positive number")
-    return float(text)
-
-
-def _checked(parse: Callable[[str], T], *, keep_text: bool = False) -> Callable[[str], T | str]:
-    """Let argparse show what a function says about a text that it refuses."""
-
-    def parse_or_say_why(text: str) -> T | str:
-        try:
-            parsed = parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        return text if keep_text else parsed
-
-    return parse_or_say_why
+def _link(text: str) -> str:
+    try:
+        parse_rate(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _require_packages(plan: _Parser, arguments: argparse.Namespace) -> None:
