@@ -6,6 +6,7 @@ Importing the package registers the strategy names ``powersgd``, ``powersgd_spaw
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_powersgd.forecast import Forecast, LinkForecast, forecast_exchange
 from lightning_powersgd.hook import GradientExchange, attach_powersgd
 from lightning_powersgd.metrics import BytesSaved, BytesSent, CompressionMonitor, CompressionRatio, ResidualRatio
 from lightning_powersgd.plan import Plan, PowerSGDConfig, make_plan
@@ -20,7 +21,9 @@ __all__ = [
     "BytesSent",
     "CompressionMonitor",
     "CompressionRatio",
+    "Forecast",
     "GradientExchange",
+    "LinkForecast",
     "Plan",
     "PowerSGDConfig",
     "PowerSGDState",
@@ -28,5 +31,6 @@ __all__ = [
     "ResidualRatio",
     "__version__",
     "attach_powersgd",
+    "forecast_exchange",
     "make_plan",
 ]

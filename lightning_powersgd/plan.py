@@ -110,6 +110,7 @@ class Slot:
         dtype: of its gradient.
         rank: columns kept of each factor; 0 means that the gradient is sent whole.
         order: the dimension order of its matrix view (see `matrix_order`); empty where it has none.
+        wire_dtype: of what is sent: the factors, or the whole gradient.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Slot:
     dtype: torch.dtype
     rank: int
     order: tuple[int, ...]
+    wire_dtype: torch.dtype
 
     @property
     def numel(self) -> int:
@@ -136,6 +138,22 @@ class Slot:
     def length(self, side: Side) -> int:
         """Columns of the factor of a side, stored rank first: n for the left one, m for the right one."""
         return self.rows if side == "left" else self.columns
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the gradient."""
+        return self.numel * self.dtype.itemsize
+
+    def factor_bytes(self, side: Side) -> int:
+        """Bytes of the factor of a side on the wire; none of what is sent whole."""
+        return self.rank * self.length(side) * self.wire_dtype.itemsize if self.rank else 0
+
+    def sent_bytes(self, *, alternate: bool) -> float:
+        """Bytes handed to collectives in a compressed step; the mean of the two kinds of step when alternating."""
+        if not self.rank:
+            return self.dense_bytes
+        factors = sum(self.factor_bytes(side) for side in SIDES)
+        return factors / 2 if alternate else factors
 
 
 @dataclass(frozen=True)
@@ -177,13 +195,29 @@ class Plan:
     @property
     def dense_bytes(self) -> int:
         """Bytes of all gradients: what plain all-reduce would send a step."""
-        return sum(slot.numel * slot.dtype.itemsize for slot in self.slots)
+        return sum(slot.dense_bytes for slot in self.slots)
 
     def sent_bytes(self, *, alternate: bool) -> float:
         """Bytes handed to collectives in a compressed step; the mean of the two kinds of step when alternating."""
-        whole = sum(slot.numel * slot.dtype.itemsize for group in self.groups for slot in group.whole)
-        factors = sum(_factor_bytes(slot, group.dtype) for group in self.groups for slot in group.compressed)
-        return whole + (factors / 2 if alternate else factors)
+        return sum(slot.sent_bytes(alternate=alternate) for slot in self.slots)
+
+    def payloads(self, *, alternate: bool) -> list[float]:
+        """Bytes of each collective of a compressed step, in their order; means when alternating.
+
+        The right factors of a group travel with what comes first of the next, or alone if that has another dtype, or
+        if there is no next (see `hook`). Together they are `sent_bytes`.
+        """
+        payloads: list[float] = []
+        waiting, dtype = 0, None
+        for group in self.groups:
+            if group.dtype != dtype:
+                payloads.append(waiting)
+                waiting = 0
+            right = 0 if alternate else sum(slot.factor_bytes("right") for slot in group.compressed)
+            payloads.append(sum(slot.sent_bytes(alternate=alternate) for slot in group.slots) - right + waiting)
+            waiting, dtype = right, group.dtype
+        payloads.append(waiting)
+        return [payload for payload in payloads if payload]
 
     def summary(self, *, alternate: bool) -> str:
         """Say in one line how much is compressed, and what that brings."""
@@ -228,10 +262,10 @@ def make_plan(
         if not parameter.requires_grad:
             continue
         slot = _make_slot(name, parameter, config)
-        key = (slot.dtype, _wire_dtype(slot.dtype, config) if slot.rank else slot.dtype)
+        key = (slot.dtype, slot.wire_dtype)
         members = open_groups.setdefault(key, [])
         members.append(slot)
-        if sum(member.numel * member.dtype.itemsize for member in members) >= group_bytes:
+        if sum(member.dense_bytes for member in members) >= group_bytes:
             close(key)
     for key in list(open_groups):
         close(key)
@@ -265,21 +299,12 @@ def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig) -> Slot:
     shape, dtype = tuple(parameter.shape), parameter.dtype
     order = matrix_order(parameter) if dtype.is_floating_point else None
     rank = _rank_of(name, config.rank)
-    whole = Slot(name, shape, dtype, rank=0, order=order or ())
+    whole = Slot(name, shape, dtype, rank=0, order=order or (), wire_dtype=dtype)
     if order is None or not 0 < rank < min(whole.rows, whole.columns):
         return whole
-    slot = Slot(name, shape, dtype, rank, order)
-    sent_bytes = _factor_bytes(slot, _wire_dtype(dtype, config)) / (2 if config.alternate else 1)
-    return slot if slot.numel * dtype.itemsize >= config.min_compression_ratio * sent_bytes else whole
-
-
-def _factor_bytes(slot: Slot, wire_dtype: torch.dtype) -> int:
-    """Bytes of both factors of a matrix: r (n + m) elements."""
-    return slot.rank * (slot.rows + slot.columns) * wire_dtype.itemsize
-
-
-def _wire_dtype(dtype: torch.dtype, config: PowerSGDConfig) -> torch.dtype:
-    return config.comm_dtype or dtype
+    slot = Slot(name, shape, dtype, rank, order, wire_dtype=config.comm_dtype or dtype)
+    worth_it = slot.dense_bytes >= config.min_compression_ratio * slot.sent_bytes(alternate=config.alternate)
+    return slot if worth_it else whole
 
 
 def _rank_of(name: str, rank: int | Mapping[str, int]) -> int:

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 import lightning_powersgd
 from lightning_powersgd import PowerSGDStrategy
 
-ROOMS_BELOW = ("native", "linalg", "plan", "state", "agreement", "hook")
+ROOMS_BELOW = ("native", "linalg", "plan", "state", "agreement", "hook", "forecast", "targets", "report", "command")
 NAMES = [
     f"powersgd{suffix}{ending}"
     for suffix in ("", "_spawn", "_fork", "_notebook")
@@ -30,7 +30,9 @@ package.__path__ = [{path!r}]
 sys.modules["lightning_powersgd"] = package
 for room in {rooms!r}:
     __import__("lightning_powersgd." + room)
-found = [name for name in sys.modules if name.split(".")[0] in ("lightning", "pytorch_lightning", "torchmetrics")]
+# Lightning, and what only the program `lightning-powersgd` needs, and only for some of its output.
+kept_out = {{"lightning", "pytorch_lightning", "torchmetrics", "rich", "matplotlib"}}
+found = [name for name in sys.modules if name.split(".")[0] in kept_out]
 sys.exit(f"imported {{found[:3]}}" if found else 0)
 """
 

@@ -116,6 +116,19 @@ def test_bytes_and_summary():
     assert "none of the 1" in make_plan(named(b=(10,)), PowerSGDConfig()).summary(alternate=False)
 
 
+def test_what_travels_together():
+    # Groups of (c, d), then (b, a); matrices of 50 × 50 at rank 2, so that a factor has 400 bytes.
+    parameters = named(a=(50, 50), b=(50, 50), c=(50,), d=(50, 50))
+    plan = make_plan(parameters, PowerSGDConfig(), group_bytes=10_001)
+    assert plan.payloads(alternate=False) == [200 + 400, 800 + 400, 800]
+    assert plan.payloads(alternate=True) == [200 + 400, 800]
+    # A right factor does not travel with what has another dtype.
+    parameters += [("half", nn.Parameter(torch.empty(50, 50, dtype=torch.bfloat16)))]
+    plan = make_plan(parameters, PowerSGDConfig(), group_bytes=10_001)
+    assert sorted(plan.payloads(alternate=False)) == [200, 200, 600, 800, 1200]
+    assert make_plan(named(b=(10,)), PowerSGDConfig()).payloads(alternate=False) == [40]
+
+
 def test_complex_parameters_are_sent_whole():
     parameter = nn.Parameter(torch.empty(50, 50, dtype=torch.complex64))
     assert ranks([("c", parameter)]) == {"c": 0}

@@ -1,0 +1,8 @@
+"""``python -m lightning_powersgd`` is the program ``lightning-powersgd``."""
+
+import sys
+
+from lightning_powersgd.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""Tier one: what is forecast from a plan; and once on two ranks, that the hook sends what was forecast."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+
+import pytest
+import torch
+from nets import attach, make_batches, make_net
+from ranks import counted_all_reduce
+from test_plan import resnet18_parameters
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_powersgd import PowerSGDConfig, forecast, forecast_exchange, make_plan
+from lightning_powersgd.forecast import format_bytes, format_rate, format_seconds, parameters_of, parse_rate
+
+
+def test_the_times_are_those_computed_by_hand():
+    # 100 × 100 and 100 elements of 4 bytes; factors of 2 × 100 each. One group: P with the vector, then Q.
+    result = forecast_exchange(
+        nn.Linear(100, 100), PowerSGDConfig(rank=2), world_size=4, latency=0.001, compress_seconds=0.005
+    )
+    assert result.dense_payloads == (40_400,)
+    assert result.payloads == (1_200, 800)
+    link = result.over("1mbit")
+    # Six messages of a quarter of the payload: 1 ms and 8 · 10,100 / 1e6 s each.
+    assert link.all_reduce_seconds == pytest.approx(6 * (0.001 + 0.0808))
+    assert link.network_seconds == pytest.approx(6 * (0.001 + 0.0024) + 6 * (0.001 + 0.0016))
+    assert link.powersgd_seconds == pytest.approx(0.005 + link.network_seconds)
+    assert link.pays
+    # A second collective costs 6 ms, computing 5 ms; 6 · 8 · (10,100 − 500) bits are saved.
+    assert result.break_even == pytest.approx(460_800 / 0.011)
+
+
+def test_the_ratio_of_a_resnet18_is_the_plans():
+    config = PowerSGDConfig(rank=2)
+    result = forecast_exchange(resnet18_parameters(), config, compress_seconds=0.03)
+    plan = make_plan(resnet18_parameters(), config)
+    assert (
+        result.compression_ratio == plan.dense_bytes / plan.sent_bytes(alternate=False) == pytest.approx(136, rel=0.01)
+    )
+    assert [slot.name for slot in result.parameters] == [name for name, _ in resnet18_parameters()]
+    assert sum(result.payloads) == result.sent_bytes
+    assert sum(result.dense_payloads) == result.dense_bytes
+
+
+def _payloads_of_two_steps(**config) -> list[list[int]]:
+    model, exchange = attach(make_net(), **config)
+    steps = []
+    for x, y in make_batches(2):
+        with counted_all_reduce() as sent:
+            F.cross_entropy(model(x), y).backward()
+        steps.append(list(sent))
+    return [[sum(step) / 2 for step in zip(*steps, strict=True)], exchange.state.plan.payloads(**_alternating(config))]
+
+
+def _alternating(config):
+    return {"alternate": config.get("alternate", False)}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"alternate": True},
+        {"bucket_cap_mb": 1e-6},
+        {"bucket_cap_mb": 1e-6, "comm_dtype": "bfloat16"},
+        {"bucket_cap_mb": 1e-6, "comm_dtype": "bfloat16", "alternate": True},
+        {"rank": {"3.weight": 2}, "bucket_cap_mb": 1e-3},
+    ],
+)
+def test_payloads_are_those_that_enter_all_reduce(two_ranks, config):
+    sent, planned = two_ranks.run(_payloads_of_two_steps, **config)[0]
+    assert sent == planned
+
+
+def test_on_the_link_of_break_even_both_take_the_same_time():
+    result = forecast_exchange(resnet18_parameters(), compress_seconds=0.03)
+    at, below, above = (result.over(result.break_even * factor) for factor in (1, 0.99, 1.01))
+    assert at.all_reduce_seconds == pytest.approx(at.powersgd_seconds)
+    assert below.pays
+    assert not above.pays
+    assert str(above).startswith(f"{above.name}: compression would not pay here: computing takes 30 ms and saves 29.")
+    assert f"It would pay on a link below {format_rate(result.break_even)}." in str(above)
+    assert str(result.over("100mbit")) == "100mbit: 80.3 ms instead of 6.26 s, 78× faster."
+
+
+def test_where_computing_costs_nothing_it_always_pays():
+    result = forecast_exchange(resnet18_parameters(), PowerSGDConfig(alternate=True), compress_seconds=0)
+    assert result.break_even == math.inf
+    assert result.over(1e15).pays
+    assert "it pays on any link" in str(result)
+
+
+def test_a_latency_may_eat_all_that_is_saved():
+    result = forecast_exchange(nn.Linear(50, 50), world_size=64, latency=0.01, compress_seconds=0.001)
+    link = result.over("10gbit")
+    assert not link.pays
+    assert "saves no network time" in str(link)
+
+
+def test_nothing_to_compress_never_pays():
+    result = forecast_exchange(nn.LayerNorm(100))
+    assert result.compress_seconds == 0
+    assert result.break_even == 0
+    assert not result.over(1).pays
+    assert str(result.over("1gbit")) == "1gbit: compression would not pay here: no parameter is compressed."
+    assert str(result) == "PowerSGD compresses none of the 2 trainable parameters."
+
+
+def test_the_speedup_of_a_step_lies_between_no_overlap_and_all():
+    link = forecast_exchange(nn.Linear(100, 100), world_size=2, latency=0, compress_seconds=0.5).over(32 * 10_100)
+    assert link.all_reduce_seconds == 1
+    assert link.powersgd_seconds == pytest.approx(0.5 + 500 / 10_100)
+    assert link.speedup() == pytest.approx(1 / link.powersgd_seconds)
+    assert link.speedup(2) == pytest.approx(3 / (2 + link.powersgd_seconds))
+    assert link.least_speedup(2) == pytest.approx(2 / (2 + link.powersgd_seconds))
+    assert link.least_speedup(0.1) == pytest.approx(1 / (0.1 + link.powersgd_seconds))
+
+
+def test_a_model_may_be_described_in_several_ways():
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(60, 50), nn.BatchNorm1d(50), nn.Linear(50, 40))
+    module[2].bias.requires_grad_(False)
+    by_module = forecast_exchange(module, compress_seconds=0)
+    by_names = forecast_exchange(iter(module.named_parameters()), compress_seconds=0)
+    assert by_module == by_names
+    assert by_module.frozen == 1
+    assert [slot.name for slot in by_module.parameters] == ["0.weight", "0.bias", "1.weight", "1.bias", "2.weight"]
+    # A state dict does not know what is frozen.
+    by_state = forecast_exchange(module.state_dict(), compress_seconds=0)
+    assert [slot.name for slot in by_state.parameters] == [name for name, _ in module.named_parameters()]
+
+
+def test_a_state_dict_holds_more_than_parameters():
+    table = torch.zeros(30, 20)
+    state = {
+        "norm.running_mean": torch.zeros(5),
+        "norm.running_var": torch.zeros(5),
+        "norm.num_batches_tracked": torch.tensor(3),
+        "ids": torch.arange(7),
+        "extra": {"anything": 1},
+        "embedding.weight": table,
+        "head.weight": table,
+        "transposed": table.t(),
+        "empty": torch.zeros(0),
+        "empty_too": torch.zeros(0),
+    }
+    assert [name for name, _ in parameters_of(state)] == ["embedding.weight", "transposed", "empty", "empty_too"]
+    assert all(tensor.is_meta and tensor.requires_grad for _, tensor in parameters_of(state))
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"alternate": True, "start_step": 3}, torch.float32),
+        ({"rank": {"*2.weight": 0, "*": 4}, "error_feedback": False}, torch.float32),
+        ({"comm_dtype": "float16", "error_dtype": "bfloat16"}, torch.float32),
+        ({}, torch.bfloat16),
+        ({}, torch.float16),
+    ],
+)
+def test_measuring_goes_through_the_exchange_of_training(config, dtype):
+    module = nn.Sequential(*[nn.Linear(60, 60) for _ in range(3)]).to(dtype)
+    result = forecast_exchange(module, PowerSGDConfig(**config), device="cpu")
+    assert result.compress_seconds > 0
+    assert result.measured_on == "this CPU with 1 thread"
+
+
+@pytest.mark.parametrize("limit", ["_MOST_BYTES", "_MOST_OPERATIONS"])
+def test_a_large_model_is_measured_in_part(monkeypatch, limit):
+    # Every look at the clock is a second later than the last, so two steps of any size take a second.
+    monkeypatch.setattr(forecast.time, "perf_counter", itertools.count().__next__)
+    module = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(4)], nn.Linear(64, 256, bias=False))
+    plan, config, device = make_plan(module.named_parameters(), PowerSGDConfig()), PowerSGDConfig(), torch.device("cpu")
+    whole = forecast.measure_compression(plan, config, device)
+    assert whole == 0.5
+    costs = {"_MOST_BYTES": 2 * plan.dense_bytes, "_MOST_OPERATIONS": 12 * plan.dense_bytes // 4}
+    # Half: two matrices of four, and half the rows of the last.
+    monkeypatch.setattr(forecast, limit, costs[limit] // 2)
+    assert forecast.measure_compression(plan, config, device) == 2 * whole
+    # However little it may be, every shape is there, with rows enough to be compressed.
+    monkeypatch.setattr(forecast, limit, 1)
+    assert forecast.measure_compression(plan, config, device) > 10 * whole
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("1gbit", 1e9),
+        ("400mbit", 4e8),
+        ("1.5gbit", 1.5e9),
+        (" 25 Gbit/s", 2.5e10),
+        ("100Gbps", 1e11),
+        (".5Tbit", 5e11),
+        ("64kbit", 64e3),
+        ("300bit", 300),
+    ],
+)
+def test_speeds_of_links(text, rate):
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "fast", "1", "1g", "0mbit", "-1gbit", "1GB/s", "1GBps", "1e9bit", "1.2.3gbit"])
+def test_what_is_not_the_speed_of_a_link(text):
+    with pytest.raises(ValueError, match=r"is not the speed of a link.*such as 100mbit"):
+        parse_rate(text)
+
+
+def test_numbers_are_readable():
+    assert [format_seconds(value) for value in (0, 12e-6, 0.0345, 0.9999, 61)] == [
+        "0 s",
+        "12 µs",
+        "34.5 ms",
+        "1 s",
+        "61 s",
+    ]
+    assert [format_bytes(value) for value in (40, 1500, 2.5e6, 1.2e12)] == ["40 B", "1.5 kB", "2.5 MB", "1,200 GB"]
+    assert [format_rate(value) for value in (1e9, 999.9e6, 1.5e13)] == ["1 Gbit/s", "1 Gbit/s", "15 Tbit/s"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"world_size": 1}, ValueError, "`world_size=1` is below 2. A single rank has nobody"),
+        ({"world_size": 2.5}, TypeError, "`world_size=2.5` is not an integer"),
+        ({"latency": -1}, ValueError, "`latency=-1` is not a time"),
+        ({"compress_seconds": math.nan}, ValueError, "`compress_seconds=nan` is not a time"),
+        ({"device": "cuda"}, ValueError, "torch finds no GPU"),
+        ({"config": PowerSGDConfig(rank={"nothing*": 2})}, ValueError, "matches no parameter"),
+    ],
+)
+def test_what_cannot_be_forecast_is_named(monkeypatch, arguments, error, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=message):
+        forecast_exchange(nn.Linear(60, 60), **arguments)
+
+
+@pytest.mark.parametrize("link", [0, -1.0, math.nan, math.inf, True])
+def test_a_speed_is_positive(link):
+    with pytest.raises(ValueError, match="is not the speed of a link"):
+        forecast_exchange(nn.Linear(60, 60), compress_seconds=0).over(link)
+
+
+def test_a_model_without_gradients_or_shapes_is_refused():
+    for model in (
+        nn.ReLU(),
+        nn.Linear(3, 3).requires_grad_(False),
+        {"ids": torch.arange(3)},
+        {"empty": torch.empty(0, 5)},
+    ):
+        with pytest.raises(ValueError, match="no trainable parameter"):
+            forecast_exchange(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older versions of torch say that lazy modules are new
+        lazy = nn.LazyLinear(10)
+    with pytest.raises(ValueError, match="'weight' is lazy"):
+        forecast_exchange(lazy)
