@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,9 @@ def test_a_strategy_object_works_for_one_process(tmp_path):
         strategy=PowerSGDStrategy(), accelerator="cpu", devices=1, default_root_dir=tmp_path, logger=False
     )
     assert trainer.strategy.world_size == 1
+
+
+def test_the_reference_has_every_public_name():
+    reference = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    documented = set(re.findall(r":: lightning_powersgd\.(\w+)", reference))
+    assert documented == {*lightning_powersgd.__all__} - {"__version__"}
