@@ -4,10 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit docs clean
+.PHONY: demo notebooks test lint types unit docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/compare.py
+
+# Executes examples/notebooks/*.ipynb, and saves them with their outputs.
+notebooks: $(VENV)/.installed
+	$(BIN)/python examples/notebooks/execute.py
 
 test: lint types unit
 
@@ -31,4 +35,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build demo_results
+	rm -rf $(VENV) build dist docs/_build docs/jupyter_execute docs/notebooks demo_results
