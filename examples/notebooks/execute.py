@@ -42,7 +42,7 @@ def execute(path: Path, **settings: object) -> NotebookNode:
             raise ValueError(f"The first code cell of {path.name} has no line `{name} = ...`.")
     client = NotebookClient(
         notebook,
-        timeout=None,
+        timeout=600,
         coalesce_streams=True,
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
@@ -74,10 +74,9 @@ def tidy_output(output: NotebookNode) -> NotebookNode:
     if output.get("name") == "stderr":
         output.text = "".join(line for line in output.text.splitlines(keepends=True) if "PowerSGD" in line)
     if "image/png" in output.get("data", {}):
+        picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
         smaller = io.BytesIO()
-        Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).quantize(64).save(
-            smaller, "png", optimize=True
-        )
+        picture.quantize(64).save(smaller, "png", optimize=True)
         output.data["image/png"] = base64.b64encode(smaller.getvalue()).decode()
     return output
 
