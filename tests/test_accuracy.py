@@ -33,7 +33,7 @@ def test_a_study_and_its_report(tmp_path):
 
     printed = run([sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path}"], tmp_path)
     assert "rank 2, first tenth exact" in printed
-    assert (tmp_path / "text.md").read_text().startswith("## A byte-level transformer")
+    assert (tmp_path / "text.md").read_text().startswith("## Transformer on English text")
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
 

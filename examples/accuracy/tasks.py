@@ -63,7 +63,8 @@ class Task:
         metric: the name that the test logs.
         scale: by which it is multiplied, to read it in `unit`.
         unit: of the scaled metric.
-        goal: how far from plain DDP is near enough, in that unit or, with ``%``, in per cent of plain DDP's.
+        higher_is_better: whether the metric is.
+        goal: how far from plain DDP is near enough: points of the scaled metric, or ``%`` of plain DDP's.
         module: makes the module.
         data: makes the data from the folder that holds them.
         steps: of a training, by default.
@@ -75,12 +76,19 @@ class Task:
     metric: str
     scale: float
     unit: str
+    higher_is_better: bool
     goal: str
     module: Callable[[], LightningModule]
     data: Callable[[Path], LightningDataModule]
     steps: int
     variants: dict[str, dict[str, Any] | None]
     trainer: dict[str, Any]
+
+    def lost(self, value: float, ddp: float) -> float:
+        """Say how much worse than plain DDP a value is, in units of the goal: up to 1 is near enough."""
+        amount, unit = self.goal.split()
+        worse = ddp - value if self.higher_is_better else value - ddp
+        return worse / float(amount) * (100 / ddp if unit == "%" else 1)
 
 
 TASKS = {
@@ -89,6 +97,7 @@ TASKS = {
         metric="accuracy",
         scale=100,
         unit="accuracy",
+        higher_is_better=True,
         goal="0.3 points",
         module=ResNetClassifier,
         data=lambda folder: ImageDataModule(folder, batch_size=64),
@@ -97,10 +106,11 @@ TASKS = {
         trainer={},
     ),
     "text": Task(
-        title="A byte-level transformer on English text",
+        title="Transformer on English text",
         metric="bits_per_byte",
         scale=1,
         unit="bits a byte",
+        higher_is_better=False,
         goal="1 %",
         module=ByteTransformer,
         data=lambda folder: TextDataModule(folder, batch_size=8),
@@ -114,4 +124,7 @@ TASKS = {
     ),
 }
 # What is late in a short training is in time in a long one.
-TASKS["images_long"] = replace(TASKS["images"], title="ResNet-18, four times as long", steps=4 * TASKS["images"].steps)
+TASKS |= {
+    f"{name}_long": replace(task, title=f"{task.title}, four times as long", steps=4 * task.steps)
+    for name, task in TASKS.items()
+}
