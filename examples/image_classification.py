@@ -213,5 +213,10 @@ def run_command_line(
         torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run this example's command line."""
     run_command_line(ImageClassifier, ImageDataModule, {"max_epochs": 10})
+
+
+if __name__ == "__main__":
+    main()

@@ -219,6 +219,15 @@ class Plan:
         payloads.append(waiting)
         return [payload for payload in payloads if payload]
 
+    def turnaround(self, *, alternate: bool) -> float:
+        """Steps until each direction of a gradient was sent about once, in the matrix where that takes longest.
+
+        A step sends r of its min(n, m) directions, those in which most has gathered, and half as many when alternating.
+        What a step leaves out is about that many steps late. 0 where nothing is compressed.
+        """
+        turns = max((min(slot.rows, slot.columns) / slot.rank for slot in self.compressed), default=0.0)
+        return 2 * turns if alternate else turns
+
     def summary(self, *, alternate: bool) -> str:
         """Say in one line how much is compressed, and what that brings."""
         total, compressed = len(list(self.slots)), len(list(self.compressed))

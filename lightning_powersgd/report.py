@@ -59,6 +59,7 @@ def to_json(forecast: Forecast, links: Sequence[LinkForecast], step_seconds: flo
             "dense_bytes": forecast.dense_bytes,
             "sent_bytes": forecast.sent_bytes,
             "compression_ratio": forecast.compression_ratio,
+            "turnaround_steps": forecast.plan.turnaround(alternate=forecast.config.alternate),
             "dense_payloads": list(forecast.dense_payloads),
             "payloads": list(forecast.payloads),
         },
@@ -120,7 +121,8 @@ def print_report(
     say(title, "bold")
     console.print(_parameter_table(forecast, fold=fold))
     console.print()
-    say(f"{forecast.plan.summary(alternate=forecast.config.alternate)}.")
+    alternate = forecast.config.alternate
+    say(f"{forecast.plan.summary(alternate=alternate)}.")
     if not forecast.break_even:
         say(
             "Nothing is compressed: every parameter is a vector, too small to save anything at this rank, or set to"
@@ -128,6 +130,10 @@ def print_report(
             "yellow",
         )
         return
+    say(
+        f"Each direction of a gradient has its turn within about {forecast.plan.turnaround(alternate=alternate):,.0f}"
+        " steps. Accuracy asks for a training that is many times as long: docs/accuracy.md has figures."
+    )
     console.print()
     say(f"Exchange of one step's gradients between {forecast.world_size} processes", "bold")
     console.print(_link_table(links))

@@ -75,17 +75,17 @@ GIVEN = ["--compress-seconds=0.03"]
 
 
 @pytest.fixture
-def models(tmp_path, monkeypatch):
-    """A folder with `models.py`, in which the program is started."""
-    (tmp_path / "models.py").write_text(MODELS)
+def zoo(tmp_path, monkeypatch):
+    """A folder with `zoo.py`, in which the program is started."""
+    (tmp_path / "zoo.py").write_text(MODELS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    sys.modules.pop("models", None)
+    sys.modules.pop("zoo", None)
 
 
 @pytest.fixture
-def plan(models, capsys):
+def plan(zoo, capsys):
     """Call the program; give what it printed."""
 
     def call(*arguments: str) -> str:
@@ -96,7 +96,7 @@ def plan(models, capsys):
 
 
 @pytest.fixture
-def refused(models, capsys):
+def refused(zoo, capsys):
     """Call the program with what it must refuse; give the one line that it says."""
 
     def call(*arguments: str) -> str:
@@ -117,7 +117,7 @@ def names(printed: str) -> list[str]:
     return [entry["name"] for entry in json.loads(printed)["parameters"]]
 
 
-@pytest.mark.parametrize("target", ["models:Net", "models.py:Net", "./models.py:Net"])
+@pytest.mark.parametrize("target", ["zoo:Net", "zoo.py:Net", "./zoo.py:Net"])
 def test_a_table_of_a_class(plan, target):
     printed = plan(target, "--init", "width=512", "--link", "1gbit", "--link", "100gbit")
     assert printed.startswith("Net, rank 2, 8 processes\n")
@@ -136,7 +136,7 @@ def test_a_table_of_a_class(plan, target):
 
 
 def test_every_parameter_has_a_row_if_asked_for(plan):
-    printed = plan("models:Net", "--init=width=512", "--all")
+    printed = plan("zoo:Net", "--init=width=512", "--all")
     assert all(f"blocks.{layer}.weight " in printed for layer in range(4))
     assert "blocks.*" not in printed
 
@@ -144,7 +144,7 @@ def test_every_parameter_has_a_row_if_asked_for(plan):
 @pytest.mark.parametrize("width", [80, 120])
 def test_names_are_whole_at_any_width(plan, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    printed = plan("models:Net", "--init=width=512", "--init=layers=2", "--rank=*=2")
+    printed = plan("zoo:Net", "--init=width=512", "--init=layers=2", "--rank=*=2")
     assert max(map(len, printed.splitlines())) <= width
     assert "2 × blocks.{0,1}.weight" in "".join(line[: width - 45].strip() for line in printed.splitlines())
 
@@ -152,18 +152,18 @@ def test_names_are_whole_at_any_width(plan, monkeypatch, width):
 def test_a_terminal_has_colours(plan, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b[" in plan("models:Fixed")
+    assert "\x1b[" in plan("zoo:Fixed")
 
 
 def test_the_speed_up_of_a_step(plan):
-    printed = plan("models:Net", "--init=width=512", "--step-seconds=0.1", "--link=10gbit", "--link=10mbit")
+    printed = plan("zoo:Net", "--init=width=512", "--step-seconds=0.1", "--link=10gbit", "--link=10mbit")
     rows = {line.split()[0]: line.split()[1:] for line in printed.split("without any exchange")[1].splitlines() if line}
     assert rows["10gbit"][-3:] == ["0.75", "to", "0.81×"]
     assert rows["10mbit"][-1] > "20"
 
 
 def test_nothing_to_compress_is_said(plan):
-    printed = plan("models:Fixed", "--rank=*.bias=2")
+    printed = plan("zoo:Fixed", "--rank=*.bias=2")
     assert "Nothing is compressed" in printed
     assert "all-reduce" not in printed
 
@@ -172,7 +172,7 @@ def test_json_is_the_forecast(plan, monkeypatch):
     # What only the tables need may be missing.
     monkeypatch.setattr(importlib.util, "find_spec", _without("rich", "matplotlib"))
     options = ["--link=1gbit", "--world-size=4", "--step-seconds=0.5", "--comm-dtype=bfloat16", "--alternate"]
-    content = json.loads(plan("models:Fixed", "--json", *options))
+    content = json.loads(plan("zoo:Fixed", "--json", *options))
     assert set(content) == {
         "format_version",
         "lightning_powersgd",
@@ -204,6 +204,7 @@ def test_json_is_the_forecast(plan, monkeypatch):
         "dense_bytes": 20_200,
         "sent_bytes": 500,
         "compression_ratio": 20_200 / 500,
+        "turnaround_steps": 50,
         "dense_payloads": [20_200],
         "payloads": [200, 300],
     }
@@ -237,31 +238,29 @@ def test_json_is_the_forecast(plan, monkeypatch):
 
 
 def test_json_has_no_infinity(plan):
-    content = json.loads(
-        plan("models:Fixed", "--json", "--alternate", "--compress-seconds=0"), parse_constant=pytest.fail
-    )
+    content = json.loads(plan("zoo:Fixed", "--json", "--alternate", "--compress-seconds=0"), parse_constant=pytest.fail)
     assert content["break_even_bits_per_second"] is None
     assert content["step_seconds"] is None
     assert len(content["links"]) == 4
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_a_figure(plan, models, ending):
-    printed = plan("models:Net", "--init=width=512", f"--plot=figure.{ending}", "--link=1gbit", "--link=1tbit")
+def test_a_figure(plan, zoo, ending):
+    printed = plan("zoo:Net", "--init=width=512", f"--plot=figure.{ending}", "--link=1gbit", "--link=1tbit")
     assert f"Figure: figure.{ending}" in printed
-    assert (models / f"figure.{ending}").stat().st_size > 10_000
+    assert (zoo / f"figure.{ending}").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["models:Fixed"], ["0.weight", "0.bias"]),
-        (["models:LateModule"], ["layer.weight", "layer.bias"]),
-        (["models:NeedsValues"], ["weight", "bias"]),
-        (["models:build", "--init", "spare=1"], ["weight", "bias"]),
-        (["models:made"], ["weight", "bias"]),
+        (["zoo:Fixed"], ["0.weight", "0.bias"]),
+        (["zoo:LateModule"], ["layer.weight", "layer.bias"]),
+        (["zoo:NeedsValues"], ["weight", "bias"]),
+        (["zoo:build", "--init", "spare=1"], ["weight", "bias"]),
+        (["zoo:made"], ["weight", "bias"]),
         (
-            ["models:Net", "--init=width=16", "--init=layers=1", "--init=bias=false", "--init=name=a b"],
+            ["zoo:Net", "--init=width=16", "--init=layers=1", "--init=bias=false", "--init=name=a b"],
             ["blocks.0.weight", "head.weight", "head.bias"],
         ),
     ],
@@ -270,33 +269,31 @@ def test_what_a_model_may_be(plan, arguments, expected):
     assert names(plan("--json", *arguments)) == expected
 
 
-def test_a_module_beside_the_file_can_be_imported(plan, models):
-    (models / "sub").mkdir()
-    (models / "sub" / "layers.py").write_text("from torch import nn\nLayer = nn.Linear\n")
-    (models / "sub" / "torch.py").write_text("import layers\n\n\ndef build():\n    return layers.Layer(9, 9)\n")
+def test_a_module_beside_the_file_can_be_imported(plan, zoo):
+    (zoo / "sub").mkdir()
+    (zoo / "sub" / "layers.py").write_text("from torch import nn\nLayer = nn.Linear\n")
+    (zoo / "sub" / "torch.py").write_text("import layers\n\n\ndef build():\n    return layers.Layer(9, 9)\n")
     assert names(plan("--json", "sub/torch.py:build")) == ["weight", "bias"]
 
 
 @pytest.mark.parametrize("ending", ["ckpt", "pt", "pth"])
 @pytest.mark.parametrize("old_format", [False, True])
-def test_a_checkpoint(plan, models, ending, old_format):
+def test_a_checkpoint(plan, zoo, ending, old_format):
     module = nn.Sequential(nn.Linear(100, 50), nn.BatchNorm1d(50))
     state = PowerSGDState(module.named_parameters(), PowerSGDConfig()).state_dict()
     content = {"state_dict": module.state_dict(), "powersgd": state, "epoch": 3}
-    torch.save(content, models / f"model.{ending}", _use_new_zipfile_serialization=not old_format)
+    torch.save(content, zoo / f"model.{ending}", _use_new_zipfile_serialization=not old_format)
     assert names(plan("--json", f"model.{ending}")) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
-def test_a_plain_state_dict_with_tied_weights(plan, models):
+def test_a_plain_state_dict_with_tied_weights(plan, zoo):
     table = torch.zeros(40, 30)
-    torch.save({"embedding.weight": table, "head.weight": table, "steps": 3}, models / "state.pt")
+    torch.save({"embedding.weight": table, "head.weight": table, "steps": 3}, zoo / "state.pt")
     assert names(plan("--json", "state.pt")) == ["embedding.weight"]
 
 
 def test_ranks_by_patterns(plan):
-    printed = plan(
-        "--json", "models:Net", "--init=width=512", "--rank=blocks.1*=0", "--rank", "blocks*=3", "--rank=*=1"
-    )
+    printed = plan("--json", "zoo:Net", "--init=width=512", "--rank=blocks.1*=0", "--rank", "blocks*=3", "--rank=*=1")
     content = json.loads(printed)
     ranks = {entry["name"]: entry["rank"] for entry in content["parameters"] if entry["matrix"]}
     assert ranks == {
@@ -312,27 +309,27 @@ def test_ranks_by_patterns(plan):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["models"], "'models' names no model. Use package.module:Class, path/to/file.py:Class, or a checkpoint"),
-        (["models:"], "'models:' names no model"),
+        (["zoo"], "'zoo' names no model. Use package.module:Class, path/to/file.py:Class, or a checkpoint"),
+        (["zoo:"], "'zoo:' names no model"),
         (["nowhere:Net"], "There is no module 'nowhere' here. Start where `import nowhere` works, or name the file"),
-        (["models.deeper:Net"], "There is no module 'models.deeper' here"),
+        (["zoo.deeper:Net"], "There is no module 'zoo.deeper' here"),
         (["gone.py:Net"], "There is no file gone.py."),
         (["needs.py:Net"], "Importing needs.py failed with ModuleNotFoundError: No module named 'not_there'"),
         (["broken.py:Net"], "Importing broken.py failed with SyntaxError: "),
         (["leaves.py:Net"], "Importing leaves.py failed with SystemExit: 3"),
-        (["models:Nett"], "models has no Nett. Did you mean Net?"),
-        (["models.py:Transformer"], "models has no Transformer. Did you mean Net or Fixed or LateModule?"),
+        (["zoo:Nett"], "zoo has no Nett. Did you mean Net?"),
+        (["zoo.py:Transformer"], "zoo has no Transformer. Did you mean Net or Fixed or LateModule?"),
         (["empty.py:Net"], "empty has no Net."),
-        (["models:Net"], "Net needs arguments: width: int. Give them with --init width=..."),
-        (["models:Fixed", "--init=width=3"], "Fixed has no argument 'width'."),
-        (["models:Net", "--init=wide=3"], "Net has no argument 'wide'. It has width."),
-        (["models:Net", "--init", "width"], "argument --init: 'width' is not NAME=VALUE, such as width=512"),
-        (["models:Net", "--init", "width=many"], "Making Net failed with TypeError: "),
-        (["models:Refuses", "--init", "width=3"], "Making Refuses failed with ValueError: a width of 3"),
-        (["models:Silent"], "Making Silent failed with RuntimeError."),
-        (["models:no_model"], "no_model gives a value of type dict, not a torch.nn.Module."),
-        (["models:number"], "models:number is neither a class nor a function, but a value of type int."),
-        (["models:made", "--init=width=3"], "models:made is a module already, and takes no arguments."),
+        (["zoo:Net"], "Net needs arguments: width: int. Give them with --init width=..."),
+        (["zoo:Fixed", "--init=width=3"], "Fixed has no argument 'width'."),
+        (["zoo:Net", "--init=wide=3"], "Net has no argument 'wide'. It has width."),
+        (["zoo:Net", "--init", "width"], "argument --init: 'width' is not NAME=VALUE, such as width=512"),
+        (["zoo:Net", "--init", "width=many"], "Making Net failed with TypeError: "),
+        (["zoo:Refuses", "--init", "width=3"], "Making Refuses failed with ValueError: a width of 3"),
+        (["zoo:Silent"], "Making Silent failed with RuntimeError."),
+        (["zoo:no_model"], "no_model gives a value of type dict, not a torch.nn.Module."),
+        (["zoo:number"], "zoo:number is neither a class nor a function, but a value of type int."),
+        (["zoo:made", "--init=width=3"], "zoo:made is a module already, and takes no arguments."),
         (["gone.ckpt"], "There is no file gone.ckpt."),
         (["folder.ckpt"], "folder.ckpt is a folder, not a checkpoint."),
         (["text.ckpt"], "text.ckpt cannot be read as a checkpoint"),
@@ -344,48 +341,48 @@ def test_ranks_by_patterns(plan):
         (["list.pt"], "list.pt holds no state dict, neither under 'state_dict' nor as a whole, but something else."),
         (["other.pt"], "other.pt holds no state dict, neither under 'state_dict' nor as a whole, but the keys 'model'"),
         (["list.pt", "--init=width=3"], "list.pt is a checkpoint, and takes no arguments."),
-        (["models:Fixed", "--link", "fast"], "argument --link: 'fast' is not the speed of a link. Use a number"),
-        (["models:Fixed", "--rank", "two"], "--rank two is neither a number, such as 2, nor PATTERN=NUMBER"),
-        (["models:Fixed", "--rank", "*=two"], "--rank *=two is neither a number"),
-        (["models:Fixed", "--rank", "0"], "`rank=0` is below 1."),
-        (["models:Fixed", "--rank=-1"], "`rank=-1` is below 1."),
-        (["models:Fixed", "--rank", "*=-1"], "`rank['*']=-1` is below 0."),
-        (["models:Fixed", "--rank=2", "--rank=*=1"], "--rank 2 --rank *=1 mixes numbers and patterns."),
-        (["models:Fixed", "--rank=head*=1"], "`rank` has the pattern 'head*', which matches no parameter."),
-        (["models:Fixed", "--comm-dtype=int8"], "`comm_dtype='int8'` is not a floating-point dtype"),
-        (["models:Fixed", "--min-compression-ratio=0.5"], "`min_compression_ratio=0.5` is below 1."),
-        (["models:Fixed", "--world-size=1"], "`world_size=1` is below 2. A single rank has nobody to exchange"),
-        (["models:Fixed", "--latency=-1"], "`latency=-1.0` is not a time."),
-        (["models:Fixed", "--step-seconds=0"], "`step_seconds=0.0` is not the time of a step."),
-        (["models:Fixed", "--step-seconds=some"], "argument --step-seconds: invalid float value: 'some'"),
-        (["models:Fixed", "--plot=no/folder.png"], "[Errno 2] No such file or directory"),
-        (["models:Fixed", "--plot=figure.word"], "Format 'word' is not supported"),
-        (["models:Fixed", "--colour"], "unrecognized arguments: --colour"),
+        (["zoo:Fixed", "--link", "fast"], "argument --link: 'fast' is not the speed of a link. Use a number"),
+        (["zoo:Fixed", "--rank", "two"], "--rank two is neither a number, such as 2, nor PATTERN=NUMBER"),
+        (["zoo:Fixed", "--rank", "*=two"], "--rank *=two is neither a number"),
+        (["zoo:Fixed", "--rank", "0"], "`rank=0` is below 1."),
+        (["zoo:Fixed", "--rank=-1"], "`rank=-1` is below 1."),
+        (["zoo:Fixed", "--rank", "*=-1"], "`rank['*']=-1` is below 0."),
+        (["zoo:Fixed", "--rank=2", "--rank=*=1"], "--rank 2 --rank *=1 mixes numbers and patterns."),
+        (["zoo:Fixed", "--rank=head*=1"], "`rank` has the pattern 'head*', which matches no parameter."),
+        (["zoo:Fixed", "--comm-dtype=int8"], "`comm_dtype='int8'` is not a floating-point dtype"),
+        (["zoo:Fixed", "--min-compression-ratio=0.5"], "`min_compression_ratio=0.5` is below 1."),
+        (["zoo:Fixed", "--world-size=1"], "`world_size=1` is below 2. A single rank has nobody to exchange"),
+        (["zoo:Fixed", "--latency=-1"], "`latency=-1.0` is not a time."),
+        (["zoo:Fixed", "--step-seconds=0"], "`step_seconds=0.0` is not the time of a step."),
+        (["zoo:Fixed", "--step-seconds=some"], "argument --step-seconds: invalid float value: 'some'"),
+        (["zoo:Fixed", "--plot=no/folder.png"], "[Errno 2] No such file or directory"),
+        (["zoo:Fixed", "--plot=figure.word"], "Format 'word' is not supported"),
+        (["zoo:Fixed", "--colour"], "unrecognized arguments: --colour"),
     ],
 )
-def test_mistakes_end_in_one_line(refused, models, arguments, message):
-    (models / "needs.py").write_text("import not_there\n")
-    (models / "broken.py").write_text("class Net\n")
-    (models / "leaves.py").write_text("raise SystemExit(3)\n")
-    (models / "empty.py").write_text("")
-    (models / "folder.ckpt").mkdir()
-    (models / "text.ckpt").write_text("no checkpoint")
-    (models / "empty.ckpt").write_text("")
-    with zipfile.ZipFile(models / "archive.ckpt", "w") as archive:
+def test_mistakes_end_in_one_line(refused, zoo, arguments, message):
+    (zoo / "needs.py").write_text("import not_there\n")
+    (zoo / "broken.py").write_text("class Net\n")
+    (zoo / "leaves.py").write_text("raise SystemExit(3)\n")
+    (zoo / "empty.py").write_text("")
+    (zoo / "folder.ckpt").mkdir()
+    (zoo / "text.ckpt").write_text("no checkpoint")
+    (zoo / "empty.ckpt").write_text("")
+    with zipfile.ZipFile(zoo / "archive.ckpt", "w") as archive:
         archive.writestr("readme.txt", "no checkpoint either")
-    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, models / "whole.ckpt")
-    (models / "cut.ckpt").write_bytes((models / "whole.ckpt").read_bytes()[:3000])
-    torch.save({"state_dict": {}, "settings": SimpleNamespace(a=1)}, models / "objects.ckpt")
-    (models / "pickled.pt").write_bytes(pickle.dumps(SimpleNamespace(a=1), protocol=2))
-    torch.save([torch.zeros(3)], models / "list.pt")
-    torch.save({"model": {"weight": torch.zeros(3)}}, models / "other.pt")
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, zoo / "whole.ckpt")
+    (zoo / "cut.ckpt").write_bytes((zoo / "whole.ckpt").read_bytes()[:3000])
+    torch.save({"state_dict": {}, "settings": SimpleNamespace(a=1)}, zoo / "objects.ckpt")
+    (zoo / "pickled.pt").write_bytes(pickle.dumps(SimpleNamespace(a=1), protocol=2))
+    torch.save([torch.zeros(3)], zoo / "list.pt")
+    torch.save({"model": {"weight": torch.zeros(3)}}, zoo / "other.pt")
     assert refused(*arguments).startswith(message)
 
 
-def test_without_a_gpu_cuda_is_refused(refused, models, monkeypatch):
+def test_without_a_gpu_cuda_is_refused(refused, zoo, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(f"{__name__}.GIVEN", [])
-    assert "torch finds no GPU" in refused("models:Fixed", "--device=cuda", "--json")
+    assert "torch finds no GPU" in refused("zoo:Fixed", "--device=cuda", "--json")
 
 
 def _without(*packages: str):
@@ -395,7 +392,7 @@ def _without(*packages: str):
 @pytest.mark.parametrize(("missing", "arguments"), [("rich", []), ("matplotlib", ["--json", "--plot=figure.png"])])
 def test_a_missing_package_is_named(refused, monkeypatch, missing, arguments):
     monkeypatch.setattr(importlib.util, "find_spec", _without(missing))
-    said = refused("models:Fixed", *arguments)
+    said = refused("zoo:Fixed", *arguments)
     assert said.startswith(f"this output needs {missing}: pip install 'lightning-powersgd[plan]'")
 
 
@@ -406,9 +403,9 @@ def test_without_a_command_it_says_which_there_are(capsys):
     assert capsys.readouterr().err == "lightning-powersgd: the following arguments are required: COMMAND\n"
 
 
-def test_the_program_as_a_user_starts_it(models):
-    command = [sys.executable, "-m", "lightning_powersgd", "plan", "models:Fixed", "--device=cpu"]
-    printed = run(command, models)
+def test_the_program_as_a_user_starts_it(zoo):
+    command = [sys.executable, "-m", "lightning_powersgd", "plan", "zoo:Fixed", "--device=cpu"]
+    printed = run(command, zoo)
     assert "PowerSGD compresses 1 of 2 trainable parameters" in printed
     assert "Computing was measured on this CPU with 1 thread." in printed
     assert "\x1b" not in printed

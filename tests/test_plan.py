@@ -116,6 +116,15 @@ def test_bytes_and_summary():
     assert "none of the 1" in make_plan(named(b=(10,)), PowerSGDConfig()).summary(alternate=False)
 
 
+def test_the_turnaround_is_that_of_the_slowest_matrix():
+    config = PowerSGDConfig(rank={"b": 8, "d": 0, "*": 2})
+    plan = make_plan(named(a=(100, 50), b=(120, 300), c=(10,), d=(900, 900)), config)
+    # 50 directions of a, 2 a step; 120 of b, 8 a step.
+    assert plan.turnaround(alternate=False) == 25
+    assert plan.turnaround(alternate=True) == 50
+    assert make_plan(named(c=(10,)), PowerSGDConfig()).turnaround(alternate=False) == 0
+
+
 def test_what_travels_together():
     # Groups of (c, d), then (b, a); matrices of 50 × 50 at rank 2, so that a factor has 400 bytes.
     parameters = named(a=(50, 50), b=(50, 50), c=(50,), d=(50, 50))

@@ -3,7 +3,7 @@
     python examples/accuracy/report.py
 
 Reads ``RESULTS/*.jsonl``, which `study.py` wrote, and writes a table ``RESULTS/TASK.md`` beside each, and two figures:
-``accuracy.png``, what was learnt against the bytes, and ``delay.png``, what was lost against how late directions are.
+``accuracy.png``, what was learnt against the bytes, and ``turnaround.png``, what was lost against the delay.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def draw_accuracy(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def draw_delay(runs: dict[str, list[dict[str, Any]]]) -> Figure:
+def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw what is lost against how late a direction is sent, as a share of the training."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -196,7 +196,7 @@ def draw_delay(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     plain = [variant for label in ("full steps", "alternating") for variant in LINES[label][0]]
     for name, lines in runs.items():
         task, outcomes = TASKS[name], summarise(TASKS[name], lines)
-        shares = {variant: delay(task, variant) / lines[0]["steps"] for variant in plain if variant in outcomes}
+        shares = {variant: turnaround(task, variant) / lines[0]["steps"] for variant in plain if variant in outcomes}
         lost = [task.lost(outcomes[variant].mean, outcomes["DDP"].mean) for variant in shares]
         colour, marker = looks[name]
         axes.plot(shares.values(), lost, marker, color=colour, label=f"{task.title} ({lines[0]['steps']:,} steps)")
@@ -206,7 +206,7 @@ def draw_delay(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     axes.yaxis.set_major_formatter("{x:g}")
     log_axis(axes.xaxis)
     axes.set(
-        xlabel="min(n, m) ÷ rank ÷ steps of the training, twice that if alternating",
+        xlabel="steps until each direction was sent once ÷ steps of the training",
         ylabel="lost against DDP\n(in units of 0.3 points, or of 1 % of the bits)",
     )
     axes.grid(alpha=0.3)
@@ -214,12 +214,10 @@ def draw_delay(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def delay(task: Task, variant: str) -> float:
-    """Give the steps in which each direction of the matrix that takes longest has had its turn."""
+def turnaround(task: Task, variant: str) -> float:
+    """Give the steps in which each direction of a gradient was sent about once."""
     config = PowerSGDConfig(**(task.variants[variant] or {}))
-    plan = make_plan(task.module().named_parameters(), config)
-    turns = max(min(slot.rows, slot.columns) / slot.rank for slot in plan.compressed)
-    return 2 * turns if config.alternate else turns
+    return make_plan(task.module().named_parameters(), config).turnaround(alternate=config.alternate)
 
 
 def main() -> None:
@@ -240,7 +238,7 @@ def main() -> None:
         table = tabulate(name, TASKS[name], lines)
         (folder / f"{name}.md").write_text(table.to_markdown())
         console.print(table.to_rich())
-    for name, figure in (("accuracy", draw_accuracy(runs)), ("delay", draw_delay(runs))):
+    for name, figure in (("accuracy", draw_accuracy(runs)), ("turnaround", draw_turnaround(runs))):
         figure.savefig(folder / f"{name}.png", dpi=150)
         console.print(f"Figure: {folder / name}.png", highlight=False)
 
