@@ -6,8 +6,9 @@ rank sends 2 (W − 1) messages of b / W bytes to its neighbour:
 
     t = 2 (W − 1) (α + b / (W β))
 
-Plain all-reduce is the sum of this over DDP's buckets. PowerSGD is the sum over the payloads of its plan, and the
-time of its arithmetic, which is measured where the forecast is made, or given.
+Plain all-reduce is the sum of this over DDP's buckets, of which the first is smaller than the others. PowerSGD is the
+sum over the payloads of its plan, and the time of its arithmetic, which is measured where the forecast is made, or
+given.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_powersgd.hook import GradientExchange
-from lightning_powersgd.plan import Group, Plan, PowerSGDConfig, Slot, make_plan, parameter_name, require_int
+from lightning_powersgd.plan import (
+    DEFAULT_GROUP_BYTES,
+    Group,
+    Plan,
+    PowerSGDConfig,
+    Slot,
+    make_plan,
+    parameter_name,
+    require_int,
+)
 from lightning_powersgd.state import PowerSGDState
 
 if TYPE_CHECKING:
@@ -34,6 +44,9 @@ if TYPE_CHECKING:
 # A message of gloo over TCP took 180 to 240 µs on the machine of docs/benchmarks/scale.md, whose cores were busy with
 # the ranks themselves. NCCL between machines of their own takes less.
 DEFAULT_LATENCY = 1e-4
+
+# Of DDP, unless it is told a size of its own (torch.distributed._DEFAULT_FIRST_BUCKET_BYTES).
+_FIRST_BUCKET_BYTES = 2**20
 
 # What measuring may take: gradients and error buffers, arithmetic in one step, and steps.
 _MOST_BYTES = 2**30
@@ -131,7 +144,7 @@ class Forecast:
     parameters: tuple[Slot, ...]
     frozen: int
     plan: Plan
-    dense_payloads: tuple[float, ...]
+    dense_payloads: tuple[int, ...]
     world_size: int
     latency: float
     compress_seconds: float
@@ -249,9 +262,8 @@ def forecast_exchange(
     if not any(parameter.numel() for _, parameter in named if parameter.requires_grad):
         raise ValueError("The model has no trainable parameter, so there are no gradients to exchange.")
     plan = make_plan(named, config)
-    # DDP closes its buckets as a plan closes its groups, and compresses nothing.
-    dense_plan = make_plan(named, PowerSGDConfig(rank={"*": 0}))
     slots = {slot.name: slot for slot in plan.slots}
+    parameters = tuple(slots[name] for name in trainable)
     measured_on = None
     if compress_seconds is None:
         device = _measuring_device(device)
@@ -259,10 +271,10 @@ def forecast_exchange(
         measured_on = _describe(device)
     return Forecast(
         config=config,
-        parameters=tuple(slots[name] for name in trainable),
+        parameters=parameters,
         frozen=len(named) - len(trainable),
         plan=plan,
-        dense_payloads=tuple(dense_plan.payloads(alternate=False)),
+        dense_payloads=tuple(_bucket_bytes(parameters)),
         world_size=world_size,
         latency=float(latency),
         compress_seconds=float(compress_seconds),
@@ -412,6 +424,24 @@ class _Bucket:
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters]
+
+
+def _bucket_bytes(parameters: Sequence[Slot]) -> list[int]:
+    """Give the bytes of the buckets that DDP makes of parameters, whose gradients come in reverse order.
+
+    Of each dtype the first is closed after 1 MiB, so that sending begins early, and the others after 25.
+    """
+    open_buckets: dict[torch.dtype, int] = {}
+    closed: list[int] = []
+    begun: set[torch.dtype] = set()
+    for slot in reversed(parameters):
+        filled = open_buckets.pop(slot.dtype, 0) + slot.dense_bytes
+        if filled >= (DEFAULT_GROUP_BYTES if slot.dtype in begun else _FIRST_BUCKET_BYTES):
+            begun.add(slot.dtype)
+            closed.append(filled)
+        else:
+            open_buckets[slot.dtype] = filled
+    return closed + [filled for filled in open_buckets.values() if filled]
 
 
 def _sample(plan: Plan, share: float) -> tuple[list[tuple[str, Tensor]], dict[str, int]]:
