@@ -325,7 +325,7 @@ def measure_compression(plan: Plan, config: PowerSGDConfig, device: torch.device
         return 0.0
     operations = sum(6 * slot.rank * slot.numel for slot in plan.compressed)
     share = min(1.0, _MOST_BYTES / (2 * plan.dense_bytes), _MOST_OPERATIONS / operations)
-    sample, ranks = _sample(plan, share)
+    sample, ranks = _sample(plan, share, alternate=config.alternate)
     config = replace(config, rank=ranks, start_step=0, min_compression_ratio=1.0)
     buckets = [_Bucket(group, device) for group in make_plan(sample, config).groups]
     buckets[0].first, buckets[-1].last = True, True
@@ -444,20 +444,29 @@ def _bucket_bytes(parameters: Sequence[Slot]) -> list[int]:
     return closed + [filled for filled in open_buckets.values() if filled]
 
 
-def _sample(plan: Plan, share: float) -> tuple[list[tuple[str, Tensor]], dict[str, int]]:
+def _sample(plan: Plan, share: float, *, alternate: bool) -> tuple[list[tuple[str, Tensor]], dict[str, int]]:
     """Give named parameters, on the meta device, that are a share of a plan's, and their ranks."""
     sample: list[tuple[str, Tensor]] = []
     ranks: dict[str, int] = {}
-    for (shape, dtype, rank), count in Counter((slot.shape, slot.dtype, slot.rank) for slot in plan.slots).items():
-        copies = max(1, round(count * share))
+    for kind, count in Counter(replace(slot, name="") for slot in plan.slots).items():
+        shape = kind.shape
         if shape and count * share < 1:
-            # Rows enough that it would still be compressed.
-            shape = (min(shape[0], max(4 * rank, round(shape[0] * count * share), 1)), *shape[1:])
-        for _ in range(copies):
+            shape = _shortened(kind, max(4 * kind.rank, round(kind.rows * count * share), 1), alternate=alternate)
+        for _ in range(max(1, round(count * share))):
             name = str(len(sample))
-            ranks[name] = rank
-            sample.append((name, torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)))
+            ranks[name] = kind.rank
+            sample.append((name, torch.empty(shape, dtype=kind.dtype, device="meta", requires_grad=True)))
     return sample, ranks
+
+
+def _shortened(slot: Slot, rows: int, *, alternate: bool) -> tuple[int, ...]:
+    """Give the shape of a parameter cut to its first rows, or to as many more as it takes to be compressed still."""
+    while rows < slot.rows:
+        shorter = replace(slot, shape=(rows, *slot.shape[1:]))
+        if shorter.dense_bytes >= shorter.sent_bytes(alternate=alternate):
+            return shorter.shape
+        rows *= 2
+    return slot.shape
 
 
 def _parameters_of_state_dict(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

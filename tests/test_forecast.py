@@ -217,6 +217,13 @@ def test_a_large_model_is_measured_in_part(monkeypatch, limit):
     assert forecast.measure_compression(plan, config, device) > 10 * whole
 
 
+def test_of_a_narrow_matrix_enough_is_measured(monkeypatch):
+    monkeypatch.setattr(forecast, "_MOST_BYTES", 1)
+    config = PowerSGDConfig(rank=4, min_compression_ratio=1.0)
+    # Its factors are smaller than itself from 20 rows on.
+    assert forecast_exchange(nn.Linear(5, 1000, bias=False), config, device="cpu").compress_seconds > 0
+
+
 @pytest.mark.parametrize(
     ("text", "rate"),
     [
