@@ -192,7 +192,8 @@ def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw what is lost against how late a direction is sent, as a share of the training."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    looks = dict(zip(TASKS, ((BLUE, "o"), (ORANGE, "s"), (SKY, "^"), (PURPLE, "D")), strict=True))
+    # A colour for what is learnt, a marker for how long.
+    looks = dict(zip(TASKS, ((colour, marker) for marker in "os^" for colour in (BLUE, ORANGE)), strict=True))
     plain = [variant for label in ("full steps", "alternating") for variant in LINES[label][0]]
     for name, lines in runs.items():
         task, outcomes = TASKS[name], summarise(TASKS[name], lines)
