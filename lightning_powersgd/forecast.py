@@ -6,8 +6,9 @@ rank sends 2 (W − 1) messages of b / W bytes to its neighbour:
 
     t = 2 (W − 1) (α + b / (W β))
 
-Plain all-reduce is the sum of this over DDP's buckets. PowerSGD is the sum over the payloads of its plan, and the
-time of its arithmetic, which is measured where the forecast is made, or given.
+Plain all-reduce is the sum of this over DDP's buckets, of which the first is smaller than the others. PowerSGD is the
+sum over the payloads of its plan, and the time of its arithmetic, which is measured where the forecast is made, or
+given.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_powersgd.hook import GradientExchange
-from lightning_powersgd.plan import Group, Plan, PowerSGDConfig, Slot, make_plan, parameter_name, require_int
+from lightning_powersgd.plan import (
+    DEFAULT_GROUP_BYTES,
+    Group,
+    Plan,
+    PowerSGDConfig,
+    Slot,
+    make_plan,
+    parameter_name,
+    require_int,
+)
 from lightning_powersgd.state import PowerSGDState
 
 if TYPE_CHECKING:
@@ -34,6 +44,9 @@ if TYPE_CHECKING:
 # A message of gloo over TCP took 180 to 240 µs on the machine of docs/benchmarks/scale.md, whose cores were busy with
 # the ranks themselves. NCCL between machines of their own takes less.
 DEFAULT_LATENCY = 1e-4
+
+# Of DDP, unless it is told a size of its own (torch.distributed._DEFAULT_FIRST_BUCKET_BYTES).
+_FIRST_BUCKET_BYTES = 2**20
 
 # What measuring may take: gradients and error buffers, arithmetic in one step, and steps.
 _MOST_BYTES = 2**30
@@ -131,7 +144,7 @@ class Forecast:
     parameters: tuple[Slot, ...]
     frozen: int
     plan: Plan
-    dense_payloads: tuple[float, ...]
+    dense_payloads: tuple[int, ...]
     world_size: int
     latency: float
     compress_seconds: float
@@ -249,9 +262,8 @@ def forecast_exchange(
     if not any(parameter.numel() for _, parameter in named if parameter.requires_grad):
         raise ValueError("The model has no trainable parameter, so there are no gradients to exchange.")
     plan = make_plan(named, config)
-    # DDP closes its buckets as a plan closes its groups, and compresses nothing.
-    dense_plan = make_plan(named, PowerSGDConfig(rank={"*": 0}))
     slots = {slot.name: slot for slot in plan.slots}
+    parameters = tuple(slots[name] for name in trainable)
     measured_on = None
     if compress_seconds is None:
         device = _measuring_device(device)
@@ -259,10 +271,10 @@ def forecast_exchange(
         measured_on = _describe(device)
     return Forecast(
         config=config,
-        parameters=tuple(slots[name] for name in trainable),
+        parameters=parameters,
         frozen=len(named) - len(trainable),
         plan=plan,
-        dense_payloads=tuple(dense_plan.payloads(alternate=False)),
+        dense_payloads=tuple(_bucket_bytes(parameters)),
         world_size=world_size,
         latency=float(latency),
         compress_seconds=float(compress_seconds),
@@ -313,7 +325,7 @@ def measure_compression(plan: Plan, config: PowerSGDConfig, device: torch.device
         return 0.0
     operations = sum(6 * slot.rank * slot.numel for slot in plan.compressed)
     share = min(1.0, _MOST_BYTES / (2 * plan.dense_bytes), _MOST_OPERATIONS / operations)
-    sample, ranks = _sample(plan, share)
+    sample, ranks = _sample(plan, share, alternate=config.alternate)
     config = replace(config, rank=ranks, start_step=0, min_compression_ratio=1.0)
     buckets = [_Bucket(group, device) for group in make_plan(sample, config).groups]
     buckets[0].first, buckets[-1].last = True, True
@@ -414,20 +426,47 @@ class _Bucket:
         return [parameter for _, parameter in self.named_parameters]
 
 
-def _sample(plan: Plan, share: float) -> tuple[list[tuple[str, Tensor]], dict[str, int]]:
+def _bucket_bytes(parameters: Sequence[Slot]) -> list[int]:
+    """Give the bytes of the buckets that DDP makes of parameters, whose gradients come in reverse order.
+
+    Of each dtype the first is closed after 1 MiB, so that sending begins early, and the others after 25.
+    """
+    open_buckets: dict[torch.dtype, int] = {}
+    closed: list[int] = []
+    begun: set[torch.dtype] = set()
+    for slot in reversed(parameters):
+        filled = open_buckets.pop(slot.dtype, 0) + slot.dense_bytes
+        if filled >= (DEFAULT_GROUP_BYTES if slot.dtype in begun else _FIRST_BUCKET_BYTES):
+            begun.add(slot.dtype)
+            closed.append(filled)
+        else:
+            open_buckets[slot.dtype] = filled
+    return closed + [filled for filled in open_buckets.values() if filled]
+
+
+def _sample(plan: Plan, share: float, *, alternate: bool) -> tuple[list[tuple[str, Tensor]], dict[str, int]]:
     """Give named parameters, on the meta device, that are a share of a plan's, and their ranks."""
     sample: list[tuple[str, Tensor]] = []
     ranks: dict[str, int] = {}
-    for (shape, dtype, rank), count in Counter((slot.shape, slot.dtype, slot.rank) for slot in plan.slots).items():
-        copies = max(1, round(count * share))
+    for kind, count in Counter(replace(slot, name="") for slot in plan.slots).items():
+        shape = kind.shape
         if shape and count * share < 1:
-            # Rows enough that it would still be compressed.
-            shape = (min(shape[0], max(4 * rank, round(shape[0] * count * share), 1)), *shape[1:])
-        for _ in range(copies):
+            shape = _shortened(kind, max(4 * kind.rank, round(kind.rows * count * share), 1), alternate=alternate)
+        for _ in range(max(1, round(count * share))):
             name = str(len(sample))
-            ranks[name] = rank
-            sample.append((name, torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)))
+            ranks[name] = kind.rank
+            sample.append((name, torch.empty(shape, dtype=kind.dtype, device="meta", requires_grad=True)))
     return sample, ranks
+
+
+def _shortened(slot: Slot, rows: int, *, alternate: bool) -> tuple[int, ...]:
+    """Give the shape of a parameter cut to its first rows, or to as many more as it takes to be compressed still."""
+    while rows < slot.rows:
+        shorter = replace(slot, shape=(rows, *slot.shape[1:]))
+        if shorter.dense_bytes >= shorter.sent_bytes(alternate=alternate):
+            return shorter.shape
+        rows *= 2
+    return slot.shape
 
 
 def _parameters_of_state_dict(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

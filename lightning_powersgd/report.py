@@ -59,7 +59,7 @@ def to_json(forecast: Forecast, links: Sequence[LinkForecast], step_seconds: flo
             "dense_bytes": forecast.dense_bytes,
             "sent_bytes": forecast.sent_bytes,
             "compression_ratio": forecast.compression_ratio,
-            "turnaround_steps": forecast.plan.turnaround(alternate=forecast.config.alternate),
+            "turnaround_steps": forecast.plan.turnaround(alternate=alternate),
             "dense_payloads": list(forecast.dense_payloads),
             "payloads": list(forecast.payloads),
         },

@@ -30,6 +30,8 @@ def test_a_study_and_its_report(tmp_path):
     # What was run already is not run again.
     run([*study, *small, "--variants", "DDP", "rank 4"], tmp_path)
     assert [line["variant"] for line in lines(tmp_path / "text.jsonl")[2:]] == ["rank 4"]
+    run([*study, *small, "--variants", "DDP", "rank 4"], tmp_path)
+    assert len(lines(tmp_path / "text.jsonl")) == 3
 
     printed = run([sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path}"], tmp_path)
     assert "rank 2, first tenth exact" in printed

@@ -77,6 +77,35 @@ def test_payloads_are_those_that_enter_all_reduce(two_ranks, config):
     assert sent == planned
 
 
+def _dense_buckets() -> list[list[float]]:
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*[nn.Linear(700, 700) for _ in range(16)]))
+    buckets: list[int] = []
+
+    def note(state, bucket):
+        buckets.append(bucket.buffer().nbytes)
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model.register_comm_hook(None, note)
+    for _ in range(2):  # DDP makes its buckets anew after the first step
+        buckets.clear()
+        model(torch.ones(1, 700)).sum().backward()
+    return [buckets, [*forecast_exchange(model.module, compress_seconds=0).dense_payloads]]
+
+
+def test_dense_payloads_are_the_buckets_of_ddp(two_ranks):
+    reduced, planned = two_ranks.run(_dense_buckets)[0]
+    assert len(reduced) == 3
+    assert planned == reduced
+
+
+def test_every_dtype_has_buckets_of_its_own():
+    parameters = [("a", torch.empty(100)), ("b", torch.empty(2**20)), ("c", torch.empty(2**19, dtype=torch.bfloat16))]
+    named = [(name, nn.Parameter(tensor)) for name, tensor in parameters]
+    assert forecast_exchange(named, compress_seconds=0).dense_payloads == (2**20, 2**22, 400)
+
+
 def test_on_the_link_of_break_even_both_take_the_same_time():
     result = forecast_exchange(resnet18_parameters(), compress_seconds=0.03)
     at, below, above = (result.over(result.break_even * factor) for factor in (1, 0.99, 1.01))
@@ -186,6 +215,13 @@ def test_a_large_model_is_measured_in_part(monkeypatch, limit):
     # However little it may be, every shape is there, with rows enough to be compressed.
     monkeypatch.setattr(forecast, limit, 1)
     assert forecast.measure_compression(plan, config, device) > 10 * whole
+
+
+def test_of_a_narrow_matrix_enough_is_measured(monkeypatch):
+    monkeypatch.setattr(forecast, "_MOST_BYTES", 1)
+    config = PowerSGDConfig(rank=4, min_compression_ratio=1.0)
+    # Its factors are smaller than itself from 20 rows on.
+    assert forecast_exchange(nn.Linear(5, 1000, bias=False), config, device="cpu").compress_seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     OnExceptionCheckpoint,
+    StochasticWeightAveraging,
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -457,6 +458,15 @@ def test_early_stopping(fit):
 def _early_stopping(root: str) -> dict[str, Any]:
     stop = EarlyStopping("val_loss", patience=1, min_delta=0.5, check_on_train_epoch_end=False)
     return train(root, callbacks=[stop], max_epochs=100)
+
+
+def test_averaged_weights(fit):
+    for result in fit(_average_weights):
+        assert result["agree"]
+
+
+def _average_weights(root: str) -> dict[str, Any]:
+    return train(root, callbacks=[StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)], max_epochs=3)
 
 
 def test_learning_rate_finder(fit):

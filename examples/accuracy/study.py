@@ -143,7 +143,8 @@ def main() -> None:
         if first:
             with path.open("a") as file:
                 file.write(json.dumps({**result, **machine(result["device"])}) + "\n")
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # unless all was done before
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
