@@ -197,7 +197,8 @@ def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     plain = [variant for label in ("full steps", "alternating") for variant in LINES[label][0]]
     for name, lines in runs.items():
         task, outcomes = TASKS[name], summarise(TASKS[name], lines)
-        shares = {variant: turnaround(task, variant) / lines[0]["steps"] for variant in plain if variant in outcomes}
+        found = [variant for variant in plain if variant in outcomes and math.isfinite(outcomes[variant].mean)]
+        shares = {variant: turnaround(task, variant) / lines[0]["steps"] for variant in found}
         lost = [task.lost(outcomes[variant].mean, outcomes["DDP"].mean) for variant in shares]
         colour, marker = looks[name]
         axes.plot(shares.values(), lost, marker, color=colour, label=f"{task.title} ({lines[0]['steps']:,} steps)")
@@ -232,6 +233,10 @@ def main() -> None:
     runs = {name: lines for name, lines in runs.items() if any(line["variant"] == "DDP" for line in lines)}
     if not runs:
         raise SystemExit(f"There is no run of plain DDP in {folder}. Run examples/accuracy/study.py first.")
+    for name, lines in runs.items():
+        for fact in ("steps", "ranks", "precision"):
+            if len({line[fact] for line in lines}) > 1:
+                raise SystemExit(f"{folder / name}.jsonl has runs that differ in {fact!r}, which cannot be compared.")
     console = Console()
     if not console.is_terminal:
         console.width = 120
