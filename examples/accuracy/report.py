@@ -190,7 +190,7 @@ def draw_accuracy(runs: dict[str, list[dict[str, Any]]]) -> Figure:
 
 def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw what is lost against how late a direction is sent, as a share of the training."""
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     # A colour for what is learnt, a marker for how long.
     looks = dict(zip(TASKS, ((colour, marker) for marker in "os^" for colour in (BLUE, ORANGE)), strict=True))
@@ -198,10 +198,13 @@ def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     for name, lines in runs.items():
         task, outcomes = TASKS[name], summarise(TASKS[name], lines)
         found = [variant for variant in plain if variant in outcomes and math.isfinite(outcomes[variant].mean)]
+        if not found:
+            continue
         shares = {variant: turnaround(task, variant) / lines[0]["steps"] for variant in found}
         lost = [task.lost(outcomes[variant].mean, outcomes["DDP"].mean) for variant in shares]
         colour, marker = looks[name]
-        axes.plot(shares.values(), lost, marker, color=colour, label=f"{task.title} ({lines[0]['steps']:,} steps)")
+        what = TASKS[name.split("_")[0]].title
+        axes.plot(shares.values(), lost, marker, color=colour, label=f"{what}, {lines[0]['steps']:,} steps")
     axes.axhspan(0, 1, color=GREEN, alpha=0.12, lw=0)
     axes.text(0.01, 0.5, "near enough", transform=axes.get_yaxis_transform(), va="center", color=GREEN)
     axes.set_yscale("symlog", linthresh=1)
@@ -212,7 +215,7 @@ def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
         ylabel="lost against DDP\n(in units of 0.3 points, or of 1 % of the bits)",
     )
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
