@@ -42,12 +42,14 @@ class ImageClassifier(LightningModule):
     Args:
         learning_rate: peak of the one-cycle schedule.
         num_classes: classes to tell apart.
+        weight_decay: of all parameters.
     """
 
-    def __init__(self, learning_rate: float = 0.05, num_classes: int = 10) -> None:
+    def __init__(self, learning_rate: float = 0.05, num_classes: int = 10, weight_decay: float = 0.0) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
         self.network = nn.Sequential(
             nn.Conv2d(1, 32, kernel_size=3, padding=1),
             nn.ReLU(),
@@ -93,7 +95,9 @@ class ImageClassifier(LightningModule):
         self.log("train_seconds", time.perf_counter() - self._training_began, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9, nesterov=True)
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=self.learning_rate, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
+        )
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
         )
@@ -192,12 +196,7 @@ def run_command_line(
     model: type[LightningModule], data: type[LightningDataModule], trainer_defaults: dict[str, Any]
 ) -> None:
     """Run the command line of an example on two CPU processes, unless it says otherwise."""
-    # The data lie in memory: worker processes would only take time from the training.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    # Said of test sets that the processes cannot share evenly; these can.
-    warnings.filterwarnings("ignore", ".*recommended to use `Trainer\\(devices=1.*")
-    # Lightning's own use of PyTorch, and nothing that this program could change.
-    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
+    ignore_expected_warnings()
     # Recommendations of other packages, one before each run.
     rank_zero_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     rank_zero_log.addFilter(lambda record: "Tip:" not in record.getMessage())
@@ -211,6 +210,16 @@ def run_command_line(
     # With plain DDP, Lightning leaves gloo's process group open, and its threads abort a process now and then.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def ignore_expected_warnings() -> None:
+    """Silence the warnings that these examples know of."""
+    # The data lie in memory: worker processes would only take time from the training.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # Said of test sets that the processes cannot share evenly; these can.
+    warnings.filterwarnings("ignore", ".*recommended to use `Trainer\\(devices=1.*")
+    # Lightning's own use of PyTorch, and nothing that this program could change.
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
 
 
 def main() -> None:

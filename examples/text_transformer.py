@@ -172,12 +172,9 @@ def read_texts(folder: Path | None) -> list[Tensor]:
 
 def split(texts: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Cut each text into nine tenths to train, and half of the rest each to validate and to test."""
-    cuts = [(len(text) * 90 // 100, len(text) * 95 // 100) for text in texts]
-    return (
-        torch.cat([text[:first] for text, (first, _) in zip(texts, cuts, strict=True)]),
-        torch.cat([text[first:second] for text, (first, second) in zip(texts, cuts, strict=True)]),
-        torch.cat([text[second:] for text, (_, second) in zip(texts, cuts, strict=True)]),
-    )
+    pieces = [torch.tensor_split(text, (len(text) * 90 // 100, len(text) * 95 // 100)) for text in texts]
+    train, val, test = (torch.cat(part) for part in zip(*pieces, strict=True))
+    return train, val, test
 
 
 if __name__ == "__main__":

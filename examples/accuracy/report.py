@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from lightning_powersgd import PowerSGDConfig, make_plan
 
 # What the benchmarks share.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from common import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, ResultTable, format_bytes, log_axis
+from common import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, ResultTable, format_bytes, log_axis, make_console
 from study import RESULTS, read
 from tasks import TASKS, Task
 
@@ -240,9 +239,7 @@ def main() -> None:
         for fact in ("steps", "ranks", "precision"):
             if len({line[fact] for line in lines}) > 1:
                 raise SystemExit(f"{folder / name}.jsonl has runs that differ in {fact!r}, which cannot be compared.")
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
+    console = make_console()
     for name, lines in runs.items():
         table = tabulate(name, TASKS[name], lines)
         (folder / f"{name}.md").write_text(table.to_markdown())

@@ -19,7 +19,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from lightning_powersgd import PowerSGDStrategy
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "benchmarks")]
 
 from common import machine
+from image_classification import ignore_expected_warnings
 from tasks import TASKS, Task
 
 RESULTS = Path(__file__).parents[2] / "docs" / "accuracy"
@@ -124,9 +124,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Run what was not run yet."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*recommended to use `Trainer\\(devices=1.*")
-    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)")
+    ignore_expected_warnings()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     arguments = parse()
     path = arguments.results / f"{arguments.task}.jsonl"

@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from image_classification import ImageClassifier, ImageDataModule
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from resnet import resnet18
 from text_transformer import ByteTransformer, TextDataModule
 
@@ -41,17 +39,8 @@ class ResNetClassifier(ImageClassifier):
     """
 
     def __init__(self, learning_rate: float = 0.05, width: int = 32) -> None:
-        super().__init__(learning_rate)
+        super().__init__(learning_rate, weight_decay=5e-4)
         self.network = resnet18(width, channels_in=1, stride=2)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.SGD(
-            self.parameters(), lr=self.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
-        )
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.learning_rate, total_steps=int(self.trainer.estimated_stepping_batches)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 @dataclass(frozen=True)

@@ -212,9 +212,7 @@ def write_results(
         figure: the plot.
         remarks: on what was skipped, and other sentences for the reader.
     """
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
+    console = make_console()
     for table in tables:
         console.print(table.to_rich())
     for remark in remarks:
@@ -236,6 +234,14 @@ def write_results(
     console.print(
         f"Table: {folder / name}.md\nSamples: {folder / name}.json\nPlot: {folder / name}.png", highlight=False
     )
+
+
+def make_console() -> Console:
+    """Make a console that is as wide as tables need where the output is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    return console
 
 
 def _to_json(value: object) -> object:
