@@ -7,7 +7,7 @@ of them may never come to save.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -93,11 +93,7 @@ def repair_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
         By name, the largest deviation of any rank, relative to the norm; of those only that deviated. The same on every
         rank.
     """
-    kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    everyone = _of_all_ranks(kinds, process_group)
-    # In the first rank's order, or some would broadcast one tensor and some another.
-    common = [name for name, kind in everyone[0].items() if all(theirs.get(name) == kind for theirs in everyone)]
-    tensors = {name: tensors[name] for name in common}
+    tensors = in_common(tensors, process_group)
     first = dist.get_global_rank(process_group, 0) if process_group is not None else 0
     device = next((tensor.device for tensor in tensors.values() if not tensor.is_cpu), torch.device("cpu"))
     deviations = torch.zeros(len(tensors), device=device)
@@ -109,6 +105,84 @@ def repair_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
         tensor.detach().copy_(right)
     dist.all_reduce(deviations, dist.ReduceOp.MAX, group=process_group)
     return {name: value for name, value in zip(tensors, deviations.tolist(), strict=True) if value}
+
+
+def mean_over_ranks(
+    tensors: Mapping[str, Tensor], device: torch.device, process_group: dist.ProcessGroup | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Average tensors over all ranks, one after the other, in float32 at least.
+
+    Args:
+        tensors: by name, floating. Every rank must call this with the same names and shapes, in the same order.
+        device: of the collectives.
+        process_group: the ranks; ``None`` is the default group.
+
+    Yields:
+        The name and the mean of each, on the device and in the dtype of the tensor given.
+    """
+    world_size = dist.get_world_size(process_group)
+    for name, tensor in tensors.items():
+        # In half precision the sum would round at every rank; and an optimizer's count of steps, which is a float,
+        # should remain a whole number.
+        wide = torch.float64 if tensor.numel() == 1 else torch.promote_types(tensor.dtype, torch.float32)
+        mean = tensor.detach().to(device, wide, copy=True).contiguous()
+        dist.all_reduce(mean.div_(world_size), group=process_group)
+        yield name, mean.to(tensor.device, tensor.dtype)
+
+
+# Entries of the sketch of a model: its squared length is right to about √(2 / that), 4 %.
+_SKETCH = 1024
+
+
+def consensus_distance(
+    tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None, *, exact: bool = True
+) -> Tensor:
+    """Measure how far the ranks' models are apart: the root mean square of their distances to the average model.
+
+    Args:
+        tensors: of this rank's model, by name, all on one device. Every rank must call this.
+        process_group: the ranks; ``None`` is the default group.
+        exact: average whole models. Otherwise each rank sends but a random sketch of its model, 8 kB, and the result is
+            right to a few per cent: a sum of entries with random signs, the same on all ranks, has the squared length
+            of what is summed in the mean (Charikar, Chen and Farach-Colton, 2002).
+
+    Returns:
+        A float64 scalar on the tensors' device.
+    """
+    device = next(iter(tensors.values())).device
+    if not exact:
+        tensors = {"sketch": _sketch(tensors.values(), device)}
+    squared = torch.zeros((), dtype=torch.float64, device=device)
+    for name, mean in mean_over_ranks(tensors, device, process_group):
+        squared += _distance(tensors[name], mean) ** 2
+    ((_, mean),) = mean_over_ranks({"squared": squared}, device, process_group)
+    return mean.sqrt()
+
+
+def _sketch(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    sketch = torch.zeros(_SKETCH, dtype=torch.float64, device=device)
+    for tensor in tensors:
+        for chunk in torch.split(tensor.detach().reshape(-1), _SKETCH * 1024):
+            padded = torch.nn.functional.pad(chunk, (0, -len(chunk) % _SKETCH))
+            signs = torch.randint(0, 2, padded.shape, generator=generator, device=device, dtype=torch.int8)
+            sketch += (padded * (2 * signs - 1)).view(-1, _SKETCH).sum(dim=0, dtype=torch.float64)
+    return sketch
+
+
+def in_common(tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """Pick the tensors that all ranks have, in the same shape and dtype: in the first rank's order, on every rank.
+
+    Without it some ranks would average or broadcast one tensor, and some another.
+
+    Args:
+        tensors: by name. Every rank must call this.
+        process_group: the ranks; ``None`` is the default group.
+    """
+    kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    everyone = _of_all_ranks(kinds, process_group)
+    common = [name for name, kind in everyone[0].items() if all(theirs.get(name) == kind for theirs in everyone)]
+    return {name: tensors[name] for name in common}
 
 
 def _distance(a: Tensor, b: Tensor | float = 0.0) -> Tensor:

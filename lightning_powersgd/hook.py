@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_powersgd.agreement import mean_over_ranks
 from lightning_powersgd.linalg import (
     add_scaled,
     as_matrix,
@@ -176,14 +177,9 @@ class GradientExchange:
         """
         if self.world_size == 1 or self.state.averaged:
             return
-        for error in self.state.errors.values():
-            # In float32 at least, or a bfloat16 sum of many ranks would round at every one of them. On the device of
-            # the collectives, from which the state has moved when a fit has ended.
-            mean = (
-                error.to(self._device, torch.promote_types(error.dtype, torch.float32)).contiguous() / self.world_size
-            )
-            dist.all_reduce(mean, group=self.process_group)
-            error.copy_(mean)
+        # On the device of the collectives, from which the state has moved when a fit has ended.
+        for name, mean in mean_over_ranks(self.state.errors, self._device, self.process_group):
+            self.state.errors[name].copy_(mean)
         self.state.averaged = True
 
     def retire(self) -> None:

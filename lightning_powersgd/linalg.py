@@ -15,6 +15,8 @@ through the factor.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -88,11 +90,11 @@ def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
     the basis where the input is zero or rank-deficient. Half precision is computed in float32.
 
     Args:
-        factor: (r, k) with r ≤ k.
+        factor: (r, k) with r ≤ k, or several of them, (…, r, k).
         dtype: of the result.
 
     Returns:
-        (r, k), contiguous.
+        Of the factor's shape, contiguous.
     """
     wide = factor.to(torch.promote_types(dtype, torch.float32))
     basis: Tensor = torch.linalg.qr(wide.mT, mode="reduced").Q.mT
@@ -106,13 +108,13 @@ def normalize_rows(factor: Tensor, fallback: Tensor) -> Tensor:
     row of zeros (a gradient that was zero, or of lower rank than r) would lock its direction out of every later step.
 
     Args:
-        factor: (r, k).
-        fallback: (r, k), rows already scaled.
+        factor: (…, r, k).
+        fallback: (…, r, k), rows already scaled.
 
     Returns:
-        (r, k), of the fallback's dtype.
+        (…, r, k), of the fallback's dtype.
     """
-    largest = factor.abs().amax(dim=1, keepdim=True)
+    largest = factor.abs().amax(dim=-1, keepdim=True)
     return torch.where(largest > 0, factor / largest, fallback).to(fallback.dtype)
 
 
@@ -188,6 +190,34 @@ def decompress(
         native.decompress(library, matrix, average, own, error)
     else:
         _write_product(*average, out=matrix)
+
+
+def subtract_product(matrix: Tensor, left: Tensor, right: Tensor) -> None:
+    """Subtract ``P Qᵀ`` from a matrix, in place.
+
+    Args:
+        matrix: (n, m), without gaps.
+        left: P, (r, n), of the matrix's dtype.
+        right: Q, (r, m), alike.
+    """
+    if not matrix.is_contiguous():
+        matrix, left, right = matrix.t(), right, left
+    _subtract_product(matrix, left, right, out=matrix, keep=True)
+
+
+def random_factor(draw: str, rank: int, length: int) -> Tensor:
+    """Draw a random factor on the CPU, the same wherever the same is to be drawn.
+
+    Args:
+        draw: what it is for, and the seed.
+        rank: r.
+        length: k.
+
+    Returns:
+        (r, k), float32.
+    """
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "little"))
+    return torch.randn(rank, length, generator=generator)
 
 
 def add_scaled(matrix: Tensor, error: Tensor, scale: float | Tensor) -> None:

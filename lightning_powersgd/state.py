@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_powersgd.linalg import assign, normalize_rows, permute_columns, saturated
+from lightning_powersgd.linalg import assign, normalize_rows, permute_columns, random_factor, saturated
 from lightning_powersgd.plan import (
     DEFAULT_GROUP_BYTES,
     SIDES,
@@ -89,7 +88,7 @@ class PowerSGDState:
         # What was loaded for frozen parameters: entries of a state by name, at this scale.
         self._waiting: dict[str, Mapping[str, Any]] = {}
         self._waiting_scale = 1.0
-        self.device = _common_device(self.parameters)
+        self.device = common_device(self.parameters)
         self.step = 0
         self.averaged = True
         self._held: Side = "right"
@@ -130,8 +129,7 @@ class PowerSGDState:
             (r, n) for the left side, (r, m) for the right, float32.
         """
         draw = f"{self.config.seed}/{slot.name}/{side}" + ("" if self.config.warm_start else f"/{self.step}")
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "little"))
-        return torch.randn(slot.rank, slot.length(side), generator=generator)
+        return random_factor(draw, slot.rank, slot.length(side))
 
     def start_factor(self, slot: Slot) -> Tensor:
         """Give the factor that this step starts from: the last step's, or without warm start a new random one."""
@@ -440,7 +438,12 @@ def require_values(named_parameters: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
-def _common_device(parameters: Mapping[str, Tensor]) -> torch.device:
+def common_device(parameters: Mapping[str, Tensor]) -> torch.device:
+    """Find the device that all parameters lie on; the CPU if there are none.
+
+    Raises:
+        ValueError: if they lie on several, or on the meta device.
+    """
     require_values(parameters.items())
     devices: dict[torch.device, str] = {}
     for name, parameter in parameters.items():

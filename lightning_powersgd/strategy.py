@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import difflib
 import inspect
 import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import lightning
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.strategy import TBroadcast
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import _augment_message
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -32,25 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_powersgd import native
-from lightning_powersgd.agreement import (
-    all_ranks_come,
-    position_of,
-    repair_replicas,
-    replicas_agree,
-    require_agreement,
-)
+from lightning_powersgd.agreement import repair_replicas, replicas_agree
+from lightning_powersgd.base_strategy import BaseStrategy
 from lightning_powersgd.hook import GradientExchange, attach_powersgd
 from lightning_powersgd.metrics import CompressionMonitor
 from lightning_powersgd.plan import PowerSGDConfig, floating_dtype, require_int
 from lightning_powersgd.state import require_values
-from lightning_powersgd.version import __version__
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "powersgd"
-
-# How long a rank that saves on an exception or a signal waits for ranks that may never come.
-PATIENCE = timedelta(seconds=10)
 
 # What cannot be had beside PowerSGD, and why.
 _CONFLICTS = {
@@ -63,7 +45,7 @@ _CONFLICTS = {
 }
 
 
-class PowerSGDStrategy(DDPStrategy):
+class PowerSGDStrategy(BaseStrategy):
     """Distributed data-parallel training with PowerSGD gradient compression.
 
     Use it as ``Trainer(strategy=PowerSGDStrategy(rank=2))``, or by name as ``Trainer(strategy="powersgd")``. It is
@@ -118,6 +100,9 @@ class PowerSGDStrategy(DDPStrategy):
         TypeError: for an unknown argument, or one of the wrong type.
         ValueError: for an argument out of range, or one that cannot be had beside PowerSGD.
     """
+
+    registered_name = "powersgd"
+    name_endings: ClassVar = {"": {}, "_find_unused_parameters_true": {"find_unused_parameters": True}}
 
     def __init__(
         self,
@@ -182,6 +167,7 @@ class PowerSGDStrategy(DDPStrategy):
                 )
             ddp_kwargs["bucket_cap_mb"] = bucket_cap_mb
         super().__init__(
+            monitor=CompressionMonitor(prog_bar=prog_bar) if log_metrics else None,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -197,61 +183,45 @@ class PowerSGDStrategy(DDPStrategy):
         )
         self.checkpoint_error_feedback = checkpoint_error_feedback
         self.check_replicas_every = check_replicas_every
-        self._monitor = CompressionMonitor(prog_bar=prog_bar) if log_metrics else None
         self._exchange: GradientExchange | None = None
         self._parameters: tuple[torch.nn.Parameter, ...] = ()
         self._trainable: tuple[bool, ...] = ()
         self._next_check = 0
-        self._saved_alone = False
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Register ``powersgd`` and its variants. A second call registers them again, and does no harm."""
-        names = {"powersgd": "popen", "powersgd_spawn": "spawn", "powersgd_fork": "fork", "powersgd_notebook": "fork"}
-        # The trainer lowers the case of a name. Without this one, `--trainer.strategy PowerSGDStrategy` would fail
-        # unless one of the strategy's own arguments follows, since jsonargparse takes it for a name then.
-        names[cls.__name__.lower()] = "popen"
-        for name, start_method in names.items():
-            for ending, find_unused in (("", False), ("_find_unused_parameters_true", True)):
-                strategy_registry.register(
-                    name + ending,
-                    cls,
-                    description=f"PowerSGD with start method '{start_method}', find_unused_parameters={find_unused}",
-                    override=True,
-                    start_method=start_method,
-                    find_unused_parameters=find_unused,
-                )
 
     @property
     def exchange(self) -> GradientExchange | None:
         """The exchange of the current or the last fit, with the compressor's state; ``None`` before the first."""
         return self._exchange
 
+    @property
     @override
-    def setup_distributed(self) -> None:
-        ours = not dist.is_initialized()
-        super().setup_distributed()
-        if ours:
-            atexit.register(_end_process_group)
+    def process_group(self) -> dist.ProcessGroup | None:
+        group: dist.ProcessGroup | None = self._ddp_kwargs.get("process_group")
+        return group
+
+    @property
+    @override
+    def steps(self) -> int | None:
+        if self._exchange is None:
+            return 0
+        return None if self._exchange.exchanging else self._exchange.state.step
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        self._saved_alone = False
         if trainer.state.fn == TrainerFn.FITTING:
             assert self.lightning_module is not None
             require_values(self.lightning_module.named_parameters())
             # Like the optimizers, a new fit starts afresh, unless a checkpoint is resumed.
             self._exchange = None
             self._next_check = self.check_replicas_every
-            self._add_monitor(trainer)
+            self.add_monitor(trainer)
         super().setup(trainer)
 
     @override
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
         # Before DDP makes its own checks, which leave the ranks that agree with rank 0 waiting for those that do not.
-        require_agreement(self._fingerprint(), self._ddp_kwargs.get("process_group"))
+        self.require_equal_ranks(self._arguments())
         self._parameters = tuple(self.lightning_module.parameters())
         self._trainable = self._trainable_now()
         # A second pass with static graph and manual optimization starts over with DDP's first-step delay.
@@ -279,8 +249,7 @@ class PowerSGDStrategy(DDPStrategy):
         return super().training_step(*args, **kwargs)
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        alone = self._may_be_alone(filepath) and not self._all_ranks_come()
+    def complete_checkpoint(self, checkpoint: dict[str, Any], alone: bool) -> None:
         # A weights-only checkpoint has no optimizer states, and none of ours either.
         if self._exchange is not None and "optimizer_states" in checkpoint:
             with_errors = self.checkpoint_error_feedback
@@ -293,28 +262,6 @@ class PowerSGDStrategy(DDPStrategy):
             if with_errors:
                 self._exchange.average_errors()
             checkpoint[CHECKPOINT_KEY] = self._exchange.state.state_dict(error_feedback=with_errors)
-        with _temporary_files_beside(filepath):
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-        self._saved_alone = alone
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        # After a checkpoint that this rank saved alone, it would wait in vain. If the run goes on, that is true of the
-        # one barrier that belongs to the checkpoint.
-        if self._saved_alone:
-            self._saved_alone = self._interrupted()
-        else:
-            super().barrier(name)
-
-    @override
-    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        return obj if self._saved_alone else super().broadcast(obj, src)
-
-    @override
-    def reduce(
-        self, tensor: torch.Tensor, group: Any | None = None, reduce_op: dist.ReduceOp | str | None = "mean"
-    ) -> torch.Tensor:
-        return tensor if self._saved_alone else super().reduce(tensor, group, reduce_op)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -347,13 +294,6 @@ class PowerSGDStrategy(DDPStrategy):
         if self._exchange is not None:
             # As Lightning does with the optimizers.
             self._exchange.retire()
-
-    def _add_monitor(self, trainer: pl.Trainer) -> None:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        added = any(isinstance(callback, CompressionMonitor) for callback in callbacks)
-        if self._monitor is not None and not added and not trainer.barebones:
-            # First, so that the progress bar shows this step's values.
-            callbacks.insert(0, self._monitor)
 
     def _check_replicas(self) -> None:
         """Compare the replicas if it is time to, and give rank 0's to all if they differ."""
@@ -388,45 +328,18 @@ class PowerSGDStrategy(DDPStrategy):
             if isinstance(value, torch.Tensor)
         }
 
-    def _interrupted(self) -> bool:
-        module = self.lightning_module
-        return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
-
-    def _may_be_alone(self, filepath: _PATH) -> bool:
-        """Whether a checkpoint is saved on an exception, or from SLURM's signal handler, anywhere in the program."""
-        return self._interrupted() or Path(filepath).name.startswith("hpc_ckpt")
-
-    def _all_ranks_come(self) -> bool:
-        """Whether all ranks save this checkpoint too, between the same two steps."""
-        exchange = self._exchange
-        if self.world_size == 1:
-            return True
-        if exchange is None:
-            return all_ranks_come(position_of(0), PATIENCE)
-        position = position_of(exchange.state.step, exchange.process_group)
-        return not exchange.exchanging and all_ranks_come(position, PATIENCE, exchange.process_group)
-
-    def _fingerprint(self) -> dict[str, str]:
-        """Describe what must be the same on every rank."""
-        assert self.lightning_module is not None
-        fingerprint = {
-            "the version of lightning_powersgd": __version__,
-            "the version of torch": torch.__version__,
-            "the version of lightning": lightning.__version__,
-        }
-        fingerprint |= {f"the argument `{name}`": repr(value) for name, value in self.config.to_dict().items()}
+    def _arguments(self) -> dict[str, str]:
+        """Describe what must be the same on every rank, beside the model."""
+        arguments = {f"the argument `{name}`": repr(value) for name, value in self.config.to_dict().items()}
         for name in ("find_unused_parameters", "static_graph", "bucket_cap_mb"):
-            fingerprint[f"the argument `{name}`"] = repr(self._ddp_kwargs.get(name))
+            arguments[f"the argument `{name}`"] = repr(self._ddp_kwargs.get(name))
         for name in ("checkpoint_error_feedback", "check_replicas_every"):
-            fingerprint[f"the argument `{name}`"] = repr(getattr(self, name))
+            arguments[f"the argument `{name}`"] = repr(getattr(self, name))
         if self.root_device.type == "cpu":
             # The averaged gradient is computed on each rank, and compiled code rounds otherwise than PyTorch's.
             arithmetic = "compiled code" if native.library() else "PyTorch's operations"
-            fingerprint[f"the arithmetic ({native.SWITCH}=0 is PyTorch's everywhere)"] = arithmetic
-        for name, parameter in self.lightning_module.named_parameters():
-            kind = "trainable" if parameter.requires_grad else "frozen"
-            fingerprint[f"the parameter {name!r}"] = f"{kind} {tuple(parameter.shape)} {parameter.dtype}"
-        return fingerprint
+            arguments[f"the arithmetic ({native.SWITCH}=0 is PyTorch's everywhere)"] = arithmetic
+        return arguments
 
     def _trainable_now(self) -> tuple[bool, ...]:
         return tuple(parameter.requires_grad for parameter in self._parameters)
@@ -449,31 +362,6 @@ class PowerSGDStrategy(DDPStrategy):
             self.model.reducer._remove_autograd_hooks()
             self.model = self.lightning_module
             self.configure_ddp()
-
-
-@contextlib.contextmanager
-def _temporary_files_beside(filepath: _PATH) -> Iterator[None]:
-    """Let temporary files be made in a file's own directory, if it has one on this machine.
-
-    Lightning writes a checkpoint to a temporary file and then moves it. From another filesystem, such as a ``/tmp`` of
-    its own, the move is a copy, and a disk that fills up during it has destroyed the checkpoint of that name before.
-    """
-    before, folder = tempfile.tempdir, Path(filepath).parent
-    tempfile.tempdir = str(folder) if os.path.isdir(folder) else before
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-
-
-def _end_process_group() -> None:
-    """End the process group when the program ends.
-
-    Lightning does so for NCCL only. With gloo, threads that are still running then abort now and then a program that
-    had done all its work.
-    """
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _reject_conflicts(**arguments: Any) -> None:

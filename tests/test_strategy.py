@@ -779,7 +779,7 @@ def _save_while_saving(root: str) -> bool:
         barrier(self, name)
 
     with (
-        mock.patch("lightning_powersgd.strategy.PATIENCE", timedelta(seconds=0.1)),
+        mock.patch("lightning_powersgd.base_strategy.PATIENCE", timedelta(seconds=0.1)),
         mock.patch.object(DDPStrategy, "barrier", noting),
     ):
         run.save_checkpoint(f"{root}/ordinary.ckpt")
@@ -798,7 +798,7 @@ def _fail_and_save(root: str, everywhere: bool, saver: str = "on_exception") -> 
     run = trainer(root=root, callbacks=[Fail(), callback], enable_checkpointing=True)
     with (
         mock.patch.object(callback, "on_exception") if not everywhere and dist.get_rank() else contextlib.nullcontext(),
-        mock.patch("lightning_powersgd.strategy.PATIENCE", timedelta(seconds=120 if everywhere else 0.1)),
+        mock.patch("lightning_powersgd.base_strategy.PATIENCE", timedelta(seconds=120 if everywhere else 0.1)),
         messages() as said,
         pytest.raises(ValueError, match="failed"),
     ):
@@ -1044,7 +1044,7 @@ def _bad_fit(root: str, case: str) -> None:
     elif case == "ranks with other shapes":
         model.net[0] = nn.Linear(32 + dist.get_rank(), 48)
     elif case == "ranks with other versions":
-        with mock.patch("lightning_powersgd.strategy.__version__", str(dist.get_rank())):
+        with mock.patch("lightning_powersgd.base_strategy.__version__", str(dist.get_rank())):
             trainer(strategy, root=root, max_steps=1).fit(model, loader())
     elif case == "ranks with other versions of torch":
         with mock.patch.object(torch, "__version__", str(dist.get_rank())):

@@ -1,0 +1,328 @@
+"""PowerGossip as a Lightning strategy: the trainer's lifecycle, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import networkx as nx
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_powersgd.agreement import in_common, mean_over_ranks, require_agreement
+from lightning_powersgd.base_strategy import BaseStrategy
+from lightning_powersgd.gossip import GossipExchange, PowerGossipConfig
+from lightning_powersgd.metrics import GossipMonitor
+from lightning_powersgd.state import require_values
+from lightning_powersgd.topology import Topology, make_topology, require_known
+
+
+class PowerGossipStrategy(BaseStrategy):
+    """Decentralised training: every rank has its own model and talks to its neighbours only, by low-rank differences.
+
+    Use it as ``Trainer(strategy=PowerGossipStrategy(topology="ring"))``, or by name as
+    ``Trainer(strategy="powergossip")``. There is no all-reduce in a step. Each rank takes the optimizer's step with its
+    own gradients, and then gossips with its neighbours (Vogels, Karimireddy and Jaggi, NeurIPS 2020, arXiv 2008.01425).
+
+    Ranks may train on different data. Give each its own with ``Trainer(use_distributed_sampler=False)``, or the trainer
+    divides a data set among them as always; all must have the same number of batches. Buffers, such as the statistics
+    of batch normalisation, follow a rank's own data, and are averaged wherever the average model is used.
+
+    Args:
+        topology: who talks to whom: "ring", "torus", "hypercube", "exponential", "star", "complete", or
+            "one_peer_exponential", with one neighbour a step, another in each; or pairs of linked ranks; or a networkx
+            graph of ranks. More links: ranks agree sooner, for more bytes.
+        rank: columns kept of each factor. Higher: ranks agree more closely, for more bytes and arithmetic, both in
+            proportion. A mapping gives parameter-name patterns (``fnmatch``) a rank of their own: the first match wins,
+            0 sends a parameter whole, ``"*"`` stands for the rest; a parameter that no pattern matches is sent whole.
+        iterations: rounds of gossip a step. Higher: as with ``rank``; each finds what the one before has left, and
+            waits for it. Raise it if ``powergossip/consensus_distance`` keeps growing.
+        min_compression_ratio: a matrix whose dense / sent ratio of a step is below this is sent whole. At least 1.
+        overlap: let the last round of a step travel while the next step computes; it takes effect one step later.
+        weights: the mixing matrix, a row for each rank: symmetric, non-negative, rows that sum to 1, zero where there
+            is no link. None takes Metropolis-Hastings weights.
+        average_model: validate, test, predict with and save the average of the ranks' models, which then needs one
+            all-reduce of it; also the optimizer states are saved as averages, so that any number of ranks can resume.
+            Otherwise each rank uses its own model, and saves it to a file of its own: ``last.ckpt``,
+            ``last.rank1.ckpt``, …
+        seed: of the first random factors.
+        log_metrics: log ``powergossip/bytes_sent``, ``link_bytes``, ``compression_ratio`` and ``consensus_distance`` at
+            the trainer's cadence, without any callback being added by hand.
+        prog_bar: show the compression ratio in the progress bar. Needs ``log_metrics``.
+        accelerator: as in ``DDPStrategy``; set by the trainer.
+        parallel_devices: as in ``DDPStrategy``; set by the trainer.
+        cluster_environment: as in ``DDPStrategy``; set by the trainer.
+        checkpoint_io: as in ``DDPStrategy``.
+        precision_plugin: as in ``DDPStrategy``; set by the trainer.
+        process_group_backend: such as "nccl" or "gloo"; None chooses by the device.
+        timeout: how long a rank waits for a neighbour.
+        start_method: how processes are started: "popen", "spawn", "fork" or "forkserver".
+
+    Raises:
+        TypeError: for an argument of the wrong type.
+        ValueError: for an argument out of range. What depends on the number of ranks or on the model is found when the
+            fit begins.
+    """
+
+    registered_name = "powergossip"
+
+    def __init__(
+        self,
+        topology: str | Sequence[Sequence[int]] | nx.Graph = "ring",
+        rank: int | Mapping[str, int] = 1,
+        iterations: int = 1,
+        min_compression_ratio: float = 2.0,
+        overlap: bool = False,
+        weights: Sequence[Sequence[float]] | None = None,
+        average_model: bool = True,
+        seed: int = 0,
+        log_metrics: bool = True,
+        prog_bar: bool = False,
+        *,
+        accelerator: pl.accelerators.Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        require_known(topology)
+        self.config = PowerGossipConfig(rank, iterations, min_compression_ratio, overlap, seed)
+        if prog_bar and not log_metrics:
+            raise ValueError("`prog_bar=True` needs `log_metrics=True`. Set both, or leave the progress bar alone.")
+        super().__init__(
+            monitor=GossipMonitor(prog_bar=prog_bar) if log_metrics else None,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self._graph, self._weights = topology, weights
+        self.average_model = average_model
+        self._topology: Topology | None = None
+        self._exchanges: dict[int, GossipExchange] = {}
+        self._own_model: dict[str, Tensor] | None = None
+
+    @property
+    def topology(self) -> Topology | None:
+        """The graph and weights of the current or the last fit; ``None`` before the first."""
+        return self._topology
+
+    @property
+    def exchanges(self) -> list[GossipExchange]:
+        """The exchanges of the current or the last fit, one for each optimizer."""
+        return list(self._exchanges.values())
+
+    @property
+    @override
+    def steps(self) -> int | None:
+        if any(exchange.exchanging for exchange in self.exchanges):
+            return None
+        return sum(exchange.step_count for exchange in self.exchanges)
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        # Setting up gives all ranks the same model.
+        return not self.average_model
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        if trainer.state.fn != TrainerFn.FITTING:
+            own_model = None if self.average_model else _copies(self._model_tensors())
+            super().setup(trainer)
+            if own_model is not None:
+                self._assign(own_model)
+            return
+        require_values(self.lightning_module.named_parameters())
+        self._exchanges, self._own_model = {}, None
+        self.add_monitor(trainer)
+        super().setup(trainer)
+        for optimizer in self.optimizers:
+            self._exchange_of(optimizer)
+        assert self._topology is not None
+        compressed = any(slot.rank for exchange in self.exchanges for slot in exchange.slots)
+        say = rank_zero_info if compressed else rank_zero_warn
+        named = self.lightning_module.named_parameters()
+        say(f"{self.config.summary(named)}. It connects {self._topology.summary()}.")
+
+    @override
+    def configure_ddp(self) -> None:
+        # The module is not wrapped, since nothing averages gradients. All ranks begin with the first one's model.
+        self.require_equal_ranks(
+            {f"the argument `{name}`": repr(value) for name, value in vars(self.config).items()}
+            | {
+                "the argument `topology`": _shown(self._graph),
+                "the argument `weights`": repr(self._weights),
+                "the argument `average_model`": repr(self.average_model),
+            }
+        )
+        assert self.lightning_module is not None
+        self._topology = make_topology(self._graph, self.world_size, self._weights)
+        _sync_module_states(self.lightning_module)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        batches = self.lightning_module.trainer.num_training_batches
+        require_agreement(
+            {"the number of training batches (`Trainer(limit_train_batches=…)` makes it equal)": str(batches)}
+        )
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: Any | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._exchange_of(optimizer).step()
+        return output
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self.average_model and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._own_model = _copies(self._model_tensors())
+            self._adopt_average()
+
+    @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self._own_model is not None:
+            self._assign(self._own_model)
+            self._own_model = None
+
+    @override
+    def complete_checkpoint(self, checkpoint: dict[str, Any], alone: bool) -> None:
+        if not self.average_model or not self._exchanges:
+            return
+        if alone:
+            rank_zero_warn(
+                "A checkpoint was saved on an exception or a signal with rank 0's own model: the average needs every"
+                " rank, and not all of them came to save in the same step."
+            )
+            return
+        if self._own_model is None:
+            checkpoint["state_dict"] = dict(checkpoint["state_dict"])
+            self._average_in({"": checkpoint["state_dict"]})
+        for optimizer_state in checkpoint.get("optimizer_states", []):
+            # Copies, since a state dict has the optimizer's own dicts in it.
+            states = {number: dict(state) for number, state in optimizer_state["state"].items()}
+            optimizer_state["state"] = states
+            self._average_in(states)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        if not self.average_model and self.global_rank > 0:
+            self.checkpoint_io.save_checkpoint(checkpoint, self._own_file(filepath), storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        own_file = self._own_file(checkpoint_path)
+        if not self.average_model and get_filesystem(own_file).exists(own_file):
+            checkpoint_path = own_file
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        super().remove_checkpoint(filepath)
+        if not self.average_model and self.global_rank > 0:
+            self.checkpoint_io.remove_checkpoint(self._own_file(filepath))
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        for exchange in self.exchanges:
+            exchange.finish()
+        if self.average_model:
+            self._adopt_average()
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        for exchange in self.exchanges:
+            exchange.retire()
+
+    def _exchange_of(self, optimizer: Optimizer) -> GossipExchange:
+        """Give the exchange of an optimizer's parameters; a new one if others were frozen, unfrozen or added."""
+        among = [value for group in optimizer.param_groups for value in group["params"] if value.requires_grad]
+        exchange = self._exchanges.get(id(optimizer))
+        if exchange is None or not exchange.is_among(among):
+            assert self.lightning_module is not None
+            assert self._topology is not None
+            named = list(self.lightning_module.named_parameters())
+            if exchange is not None:
+                exchange.finish()
+                trainable = [name for name, parameter in named if parameter.requires_grad]
+                require_agreement({"the parameters that are trainable": ", ".join(trainable)})
+            self._exchanges[id(optimizer)] = exchange = GossipExchange(named, self._topology, self.config, among)
+        return exchange
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        """Give all parameters and floating-point buffers by name."""
+        assert self.lightning_module is not None
+        named = (*self.lightning_module.named_parameters(), *self.lightning_module.named_buffers())
+        return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
+
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._model_tensors().items():
+            tensor.copy_(values[name])
+
+    def _adopt_average(self) -> None:
+        """Make the average of all ranks' models this rank's own."""
+        tensors = self._model_tensors()
+        for name, mean in mean_over_ranks(tensors, self.root_device):
+            tensors[name].copy_(mean)
+
+    def _average_in(self, states: Mapping[Any, dict[str, Any]]) -> None:
+        """Replace the floating-point tensors in dicts, which have names themselves, by their means over the ranks."""
+        tensors = {
+            f"{name}/{key}": (state, key)
+            for name, state in states.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+        for name, mean in mean_over_ranks(
+            in_common({name: state[key] for name, (state, key) in tensors.items()}), self.root_device
+        ):
+            state, key = tensors[name]
+            state[key] = mean
+
+    def _own_file(self, filepath: _PATH) -> str:
+        root, ending = os.path.splitext(filepath)
+        return f"{root}.rank{self.global_rank}{ending}"
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _shown(topology: str | Sequence[Sequence[int]] | nx.Graph) -> str:
+    return repr(sorted(topology.edges)) if isinstance(topology, nx.Graph) else repr(topology)
