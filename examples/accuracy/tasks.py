@@ -180,6 +180,7 @@ TASKS["gossip"] = GossipTask(
         "whole models": {"rank": {"*": 0}},
         "rank 1": {"rank": 1},
         "rank 1, 4 iterations": {"rank": 1, "iterations": 4},
+        "rank 1, 8 iterations": {"rank": 1, "iterations": 8},
         "no communication, average model": {"alone": "average"},
         "no communication, own models": {"alone": "own"},
     },
