@@ -108,7 +108,7 @@ def on_a_circle(size: int) -> float:
         *[("hypercube", 2**d, 2 / (d + 1)) for d in (1, 2, 3, 4)],
         # The weight is 1 / W, and what leaves of a star disagree about passes through its centre.
         *[("star", size, 1 / size) for size in (3, 4, 5, 8)],
-        # Of the angles a and b of two circles, of three and three ranks or of three and four: (1 + 2 cos a + 2 cos b) / 5.
+        # Of the angles a and b of two circles, of three ranks and three or four: (1 + 2 cos a + 2 cos b) / 5.
         ("torus", 9, 3 / 5),
         ("torus", 12, 2 / 5),
         # Of multiples a of an eighth of a turn: (1 + 2 cos a + 2 cos 2a + cos 4a) / 6.
