@@ -113,7 +113,7 @@ def mean_over_ranks(
     """Average tensors over all ranks, one after the other, in float32 at least.
 
     Args:
-        tensors: by name, floating. Every rank must call this with the same names and shapes, in the same order.
+        tensors: by name, floating or complex. Every rank must call this with the same names and shapes, in one order.
         device: of the collectives.
         process_group: the ranks; ``None`` is the default group.
 
@@ -124,7 +124,7 @@ def mean_over_ranks(
     for name, tensor in tensors.items():
         # In half precision the sum would round at every rank; and an optimizer's count of steps, which is a float,
         # should remain a whole number.
-        wide = torch.float64 if tensor.numel() == 1 else torch.promote_types(tensor.dtype, torch.float32)
+        wide = torch.promote_types(tensor.dtype, torch.float64 if tensor.numel() == 1 else torch.float32)
         mean = tensor.detach().to(device, wide, copy=True).contiguous()
         dist.all_reduce(mean.div_(world_size), group=process_group)
         yield name, mean.to(tensor.device, tensor.dtype)
@@ -150,12 +150,16 @@ def consensus_distance(
         A float64 scalar on the tensors' device.
     """
     device = next(iter(tensors.values())).device
+    values = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors.values()]
     if not exact:
-        tensors = {"sketch": _sketch(tensors.values(), device)}
+        values = [_sketch(values, device)]
     squared = torch.zeros((), dtype=torch.float64, device=device)
-    for name, mean in mean_over_ranks(tensors, device, process_group):
-        squared += _distance(tensors[name], mean) ** 2
-    ((_, mean),) = mean_over_ranks({"squared": squared}, device, process_group)
+    for value in values:
+        # A mean in the tensor's own dtype would round by as much as models that nearly agree are apart.
+        wide = value.detach().double()
+        ((_, mean),) = mean_over_ranks({"": wide}, device, process_group)
+        squared += _distance(wide, mean) ** 2
+    ((_, mean),) = mean_over_ranks({"": squared}, device, process_group)
     return mean.sqrt()
 
 

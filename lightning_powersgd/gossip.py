@@ -207,7 +207,7 @@ class _Links:
         self._works: list[dist.Work] = []
         self._mailboxes = [
             _Mailbox([slot for slot in exchange.slots if slot.dtype == dtype], dtype, exchange, rank, weights)
-            for dtype in dict.fromkeys(slot.dtype for slot in exchange.slots)
+            for dtype in dict.fromkeys(slot.dtype for slot in exchange.slots if weights)
         ]
 
     @property
@@ -217,14 +217,16 @@ class _Links:
 
     def start(self) -> None:
         """Send this rank's products with the factors of this side, and the parameters that travel whole."""
-        group = self._exchange.process_group
+        group = self._exchange.process_group or dist.group.WORLD
+        assert group is not None
         operations = []
         for mailbox in self._mailboxes:
             mailbox.fill(self._side)
             for row, peer in enumerate(self._peers):
+                end = dist.get_global_rank(group, peer)
                 for send_or_receive, box in ((dist.isend, mailbox.outgoing), (dist.irecv, mailbox.incoming)):
                     if box[row].numel():
-                        operations.append(dist.P2POp(send_or_receive, box[row], group=group, group_peer=peer))
+                        operations.append(dist.P2POp(send_or_receive, box[row], end, group))
             self._exchange.total_sent_bytes += mailbox.outgoing.nbytes
         with self._explained():
             # All at once, so that no order of the neighbours can leave ranks waiting for each other in a circle.
@@ -272,8 +274,7 @@ class _Mailbox:
             for side in SIDES:
                 draws = [f"{config.seed}/{min(rank, peer)}-{max(rank, peer)}/{slot.name}/{side}" for peer in weights]
                 factors = [random_factor(draw, slot.rank, slot.length(side)) for draw in draws]
-                stacked = torch.stack(factors) if factors else torch.empty(0, slot.rank, slot.length(side))
-                self._factors[slot.name][side] = stacked.to(device, dtype)
+                self._factors[slot.name][side] = torch.stack(factors).to(device, dtype)
         self._bases: dict[str, Tensor] = {}
         self._start = sum(slot.numel for slot in self._whole)
         self._lengths = {side: sum(slot.rank * slot.length(side) for slot in self._compressed) for side in SIDES}
@@ -292,7 +293,10 @@ class _Mailbox:
             flat = torch.cat([self._parameters[slot.name].detach().reshape(-1) for slot in self._whole])
             self._outbox[:, : self._start] = flat
         for slot, place in self._places(self._outbox, side):
-            basis = orthonormal(self._factors[slot.name][other_side(side)], slot.dtype)
+            # One after the other: in a stack, BLAS rounds by the place there, which is another at the link's other end.
+            # Where a difference has a rank below r, rounding alone chooses what completes a basis.
+            factors = self._factors[slot.name][other_side(side)]
+            basis = torch.stack([orthonormal(factor, slot.dtype) for factor in factors])
             self._bases[slot.name] = basis
             product = torch.empty(place.shape[0] * slot.rank, slot.length(side), dtype=slot.dtype, device=basis.device)
             matrix = self._matrix(slot)

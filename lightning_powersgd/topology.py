@@ -107,7 +107,9 @@ def make_topology(
             f"`weights` cannot be given for topology={name!r}, which changes from step to step. Leave `weights` out."
         )
     matrix = _checked_weights(weights, together, name)
-    _require_connected(nx.from_edgelist(_nonzero(matrix), nx.empty_graph(world_size)), f"{name}, with these weights,")
+    used = nx.empty_graph(world_size)
+    used.add_edges_from(_nonzero(matrix))
+    _require_connected(used, f"{name}, with these weights,")
     weighted = Topology(name, (matrix,))
     if weighted.spectral_gap < _TOLERANCE:
         raise ValueError(
@@ -254,7 +256,7 @@ def _checked_weights(weights: Sequence[Sequence[float]] | Tensor, graph: nx.Grap
     world_size = len(graph)
     try:
         matrix = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`weights` is no matrix of numbers: {error}") from error
     if matrix.shape != (world_size, world_size):
         raise ValueError(
@@ -280,7 +282,8 @@ def _checked_weights(weights: Sequence[Sequence[float]] | Tensor, graph: nx.Grap
                 f"`weights[{i}]` sums to {total:.6g} instead of 1. `weights[{i}][{i}]` is what rank {i} keeps of its"
                 " own model: set it to what the others leave."
             )
-    return matrix
+    # Both ends of a link must have the same weight to the last bit; or one would have a link that the other has not.
+    return (matrix + matrix.T) / 2
 
 
 def _every_pair(matrix: Tensor) -> list[tuple[int, int]]:

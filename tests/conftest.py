@@ -1,4 +1,4 @@
-"""Tiers, cheapest first: pure functions in this process; one to four gloo ranks; whole Trainer runs on those ranks;
+"""Tiers, cheapest first: pure functions in this process; one to eight gloo ranks; whole Trainer runs on those ranks;
 and last, programs started as a user starts them. A test that needs a GPU says so where it is skipped.
 """
 
@@ -27,8 +27,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[dict[int, Ranks]]:
-    """One to four gloo ranks, by their number. They start when they are first used."""
-    by_number = {number: Ranks(number) for number in range(1, 5)}
+    """One to four gloo ranks, or eight, by their number. They start when they are first used."""
+    by_number = {number: Ranks(number) for number in (1, 2, 3, 4, 8)}
     yield by_number
     for group in by_number.values():
         group.stop()
@@ -44,6 +44,12 @@ def two_ranks(ranks: dict[int, Ranks]) -> Ranks:
 def four_ranks(ranks: dict[int, Ranks]) -> Ranks:
     """Four gloo ranks."""
     return ranks[4]
+
+
+@pytest.fixture(scope="session")
+def eight_ranks(ranks: dict[int, Ranks]) -> Ranks:
+    """Eight gloo ranks."""
+    return ranks[8]
 
 
 @pytest.fixture

@@ -146,3 +146,19 @@ def counted_all_reduce():
 
     with mock.patch.object(dist, "all_reduce", counting):
         yield sent
+
+
+@contextlib.contextmanager
+def counted_sends():
+    """Count the bytes that this rank sends to each other one, by the other's rank."""
+    sent: dict[int, int] = {}
+    original = dist.batch_isend_irecv
+
+    def counting(operations: list[dist.P2POp]) -> Any:
+        for operation in operations:
+            if operation.op is dist.isend:
+                sent[operation.peer] = sent.get(operation.peer, 0) + operation.tensor.nbytes
+        return original(operations)
+
+    with mock.patch.object(dist, "batch_isend_irecv", counting):
+        yield sent

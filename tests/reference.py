@@ -1,4 +1,4 @@
-"""The algorithm, slow and obvious: all ranks in one process, in float64, one matrix at a time, as in the paper.
+"""The algorithms, slow and obvious: all ranks in one process, in float64, one matrix at a time, as in the papers.
 
 Everything fast is compared with this. It keeps P as (n, r) and Q as (m, r), copies freely, and knows no buckets.
 """
@@ -71,3 +71,52 @@ class Reference:
         self.e = [M_w - P_hat @ Q_w.T for M_w, Q_w in zip(M, Q, strict=True)]
         self.step += 1
         return P_hat @ self.Q.T
+
+
+class GossipReference:
+    """PowerGossip for one matrix on W ranks.
+
+    Args:
+        first_factor: gives the first Q, (m, r), of the link between ranks i < j. ``None``: whole matrices travel.
+        rounds: the mixing matrices A of successive steps, each (W, W).
+    """
+
+    def __init__(self, first_factor: Callable[[int, int], Tensor] | None, rounds: list[Tensor]) -> None:
+        self.rounds = rounds
+        self.links = [
+            [(i, j) for i in range(len(A)) for j in range(i + 1, len(A)) if A[i, j] > 0]  # i < j
+            for A in rounds
+        ]
+        self.whole = first_factor is None
+        self.Q = {} if self.whole else {link: first_factor(*link).double() for links in self.links for link in links}
+        self.P: dict[tuple[int, int], Tensor] = {}
+        self.uses = [0 for _ in rounds]
+
+    def __call__(self, X: list[Tensor], number: int, first: bool = True) -> list[Tensor]:
+        """Give what each rank adds to its matrix in a round.
+
+        Args:
+            X: the ranks' matrices.
+            number: of the mixing matrix.
+            first: whether this is a step's first round, the one in which whole matrices travel.
+        """
+        A, add = self.rounds[number], [torch.zeros_like(x) for x in X]
+        for i, j in self.links[number]:
+            D = X[i] - X[j]
+            if self.whole:
+                D_hat = D if first else torch.zeros_like(D)
+            elif self.uses[number] % 2 == 0:
+                # Q̂ = orth(Q),  P = (X_i − X_j) Q̂,  D̂ = P Q̂ᵀ
+                Q_hat = orth(self.Q[i, j])
+                self.P[i, j] = D @ Q_hat
+                D_hat = self.P[i, j] @ Q_hat.T
+            else:
+                # The mirror image.
+                P_hat = orth(self.P[i, j])
+                self.Q[i, j] = D.T @ P_hat
+                D_hat = P_hat @ self.Q[i, j].T
+            # X_i ← X_i − a D̂,  X_j ← X_j + a D̂
+            add[i] = add[i] - A[i, j] * D_hat
+            add[j] = add[j] + A[i, j] * D_hat
+        self.uses[number] += 1
+        return add

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from models import Classifier
 from terminal import run
 
-from lightning_powersgd import PowerSGDStrategy
+from lightning_powersgd import PowerGossipStrategy, PowerSGDStrategy
 
 # LightningCLI itself uses what jsonargparse has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -48,11 +48,11 @@ def test_torchrun(tmp_path):
 def strategy_of(monkeypatch):
     """Give the strategy that a LightningCLI makes of a command line."""
 
-    def make(args: list[str]) -> PowerSGDStrategy:
+    def make(args: list[str]) -> PowerSGDStrategy | PowerGossipStrategy:
         common = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false"]
         monkeypatch.setattr(sys, "argv", ["train.py", *common, *args])
         cli = LightningCLI(Classifier, run=False, save_config_callback=None, seed_everything_default=0)
-        assert isinstance(cli.trainer.strategy, PowerSGDStrategy)
+        assert isinstance(cli.trainer.strategy, PowerSGDStrategy | PowerGossipStrategy)
         return cli.trainer.strategy
 
     return make
@@ -129,6 +129,74 @@ def test_help_lists_every_argument_with_its_text(strategy_of, capsys):
         "checkpoint_error_feedback": "put the error buffers into checkpoints",
         "find_unused_parameters": "that the loss does not depend on",
         "timeout": "of collectives",
+    }.items():
+        assert f"--trainer.strategy.{name} " in text, name
+        assert words in text, name
+
+
+def test_every_form_gives_the_same_gossip(strategy_of, tmp_path):
+    forms = [
+        ["--trainer.strategy", "powergossip"],
+        ["--trainer.strategy", "PowerGossipStrategy"],
+        ["--trainer.strategy", "lightning_powersgd.PowerGossipStrategy", "--trainer.strategy.rank", "1"],
+        write_yaml(tmp_path, "powergossip"),
+    ]
+    for form in forms:
+        strategy = strategy_of(form)
+        assert type(strategy) is PowerGossipStrategy, form
+        assert settings(strategy) == settings(PowerGossipStrategy()), form
+
+
+def settings(strategy: PowerGossipStrategy) -> tuple[Any, ...]:
+    return strategy.config, strategy._graph, strategy._weights, strategy.average_model
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"topology": "star", "rank": 2},
+        {"topology": [[0, 1], [1, 2]], "iterations": 2, "overlap": True},
+        {"topology": [[0, 1]], "weights": [[0.75, 0.25], [0.25, 0.75]], "average_model": False},
+        {"rank": {"net.0.*": 0, "*": 1}, "min_compression_ratio": 4.0, "seed": 7},
+    ],
+    ids=str,
+)
+def test_arguments_of_gossip_arrive_from_flags_and_yaml_alike(strategy_of, tmp_path, arguments):
+    flags = ["--trainer.strategy", "PowerGossipStrategy"]
+    for name, value in arguments.items():
+        flags += [f"--trainer.strategy.{name}", value if isinstance(value, str) else json.dumps(value)]
+    expected = settings(PowerGossipStrategy(**arguments))
+    assert settings(strategy_of(flags)) == expected
+    in_yaml = {"class_path": "lightning_powersgd.PowerGossipStrategy", "init_args": arguments}
+    assert settings(strategy_of(write_yaml(tmp_path, in_yaml))) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"), [("rank=0", "below 1"), ("no_such=1", "no_such"), ("topology=rnig", "Did you mean 'ring'?")]
+)
+def test_bad_flags_of_gossip_end_the_program_with_a_message(strategy_of, capsys, flag, message):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        strategy_of(["--trainer.strategy=PowerGossipStrategy", f"--trainer.strategy.{flag}"])
+    assert message in capsys.readouterr().err + str(caught.value)
+
+
+def test_help_lists_every_argument_of_gossip_with_its_text(strategy_of, capsys):
+    with pytest.raises(SystemExit) as caught:
+        strategy_of(["--trainer.strategy.help=PowerGossipStrategy"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, words in {
+        "topology": "who talks to whom",
+        "rank": "columns kept of each factor",
+        "iterations": "rounds of gossip a step",
+        "min_compression_ratio": "dense / sent ratio of a step is below this",
+        "overlap": "travel while the next step computes",
+        "weights": "the mixing matrix",
+        "average_model": "the average of the ranks' models",
+        "seed": "of the first random factors",
+        "log_metrics": "without any callback being added",
+        "prog_bar": "in the progress bar",
+        "timeout": "how long a rank waits for a neighbour",
     }.items():
         assert f"--trainer.strategy.{name} " in text, name
         assert words in text, name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_powersgd import BytesSaved, BytesSent, CompressionRatio, ResidualRatio
+from lightning_powersgd import BytesSaved, BytesSent, CompressionRatio, ConsensusDistance, ResidualRatio
 
 
 def test_byte_metrics_add_up_exactly():
@@ -34,6 +34,13 @@ def test_residual_ratio():
     assert metric.compute() == 0
     metric.update(error=torch.tensor(9.0), matrix=torch.tensor(36.0))
     assert metric.compute() == 0.5
+
+
+def test_consensus_distance_is_a_root_mean_square():
+    metric = ConsensusDistance()
+    metric.update(torch.tensor(1.0, dtype=torch.float64))
+    metric.update(distance=torch.tensor(7.0, dtype=torch.float64))
+    assert metric.compute() == 5
 
 
 def test_metrics_of_several_ranks(two_ranks):
