@@ -14,8 +14,6 @@ import torch
 from image_classification import ImageClassifier, ImageDataModule, run_command_line
 from torch.utils.data import Subset
 
-from lightning_powersgd import PowerGossipStrategy
-
 
 class SortedShards(ImageDataModule):
     """Images sorted by their label, and cut into one part for each process: each knows few of the classes."""
@@ -39,7 +37,10 @@ def main() -> None:
             "max_epochs": 20,
             # Every process has data of its own already.
             "use_distributed_sampler": False,
-            "strategy": PowerGossipStrategy(topology="ring", iterations=2),
+            "strategy": {
+                "class_path": "lightning_powersgd.PowerGossipStrategy",
+                "init_args": {"topology": "ring", "iterations": 2},
+            },
         },
     )
 

@@ -1,27 +1,32 @@
-"""Time a step of gossip alone, whole models and low-rank products, beside what its bytes take at the link's rate.
+"""Time a step of gossip alone, of whole models and low-rank products, beside what its bytes take.
 
     python examples/benchmarks/gossip.py                                  # loopback: what the arithmetic takes
     python examples/benchmarks/gossip.py --link loopback 1gbit 100mbit    # emulated links need root, `ip` and `tc`
 
 Nothing is trained: ranks whose models differ gossip on a ring, which is one link between two of them. All settings live
-in the same processes and take turns.
+in the same processes and take turns, and each is followed by a bare exchange of as many bytes with the same neighbours.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import common
 import numpy as np
-from common import AMBER, BLUE, GREEN, ORANGE, ResultTable, Spread, format_bytes, format_number, positive, spread
+import torch
+import torch.distributed as dist
+from common import AMBER, BLUE, GREEN, ORANGE, ResultTable, format_bytes, format_number, positive, spread
 from contestants import make_gossip
 from matplotlib.figure import Figure
 from network import LINKS, emulated_network, over_links
 from processes import Rank, run_ranks
 from workloads import NETWORKS, Network
+
+if TYPE_CHECKING:
+    from lightning_powersgd import GossipExchange
 
 # Rounds by link; even, since the factors of two successive steps differ in length.
 REPEATS = {"loopback": 20, "10gbit": 20, "1gbit": 10, "100mbit": 4}
@@ -30,19 +35,16 @@ COLORS = {"loopback": GREEN, "10gbit": AMBER, "1gbit": BLUE, "100mbit": ORANGE}
 
 @dataclass
 class Timing:
-    """The rounds of one setting: seconds, and the bytes that each rank sent."""
+    """The rounds of one setting: seconds, those of a bare exchange of as many bytes, and the bytes that a rank sent."""
 
     seconds: list[float] = field(default_factory=list)
+    bare_seconds: list[float] = field(default_factory=list)
     sent_bytes: list[int] = field(default_factory=list)
 
     @property
     def bytes_per_step(self) -> float:
         """The mean of the bytes that a rank sends in a step."""
         return float(np.mean(self.sent_bytes))
-
-    def ratio(self, megabits: int) -> Spread:
-        """Compare with what the bytes alone take at a rate, round by round."""
-        return common.paired_ratio(self.seconds, np.multiply(self.sent_bytes, 8e-6 / megabits))
 
 
 def run(network: Network, ranks: Sequence[int], repeats: int, arguments: argparse.Namespace, link: str) -> list[Timing]:
@@ -79,6 +81,7 @@ def run(network: Network, ranks: Sequence[int], repeats: int, arguments: argpars
     slowest = results[0]
     for index, timing in enumerate(slowest):
         timing.seconds = np.max([result[index].seconds for result in results], axis=0).tolist()
+        timing.bare_seconds = np.max([result[index].bare_seconds for result in results], axis=0).tolist()
     return slowest
 
 
@@ -96,7 +99,23 @@ def _measure(rank: Rank, network: Network, ranks: Sequence[int], repeats: int) -
             rank.report(f"round {round_ + 1}: {_name(kept)}")
             timing.seconds.append(rank.seconds(exchange.step))
             timing.sent_bytes.append(exchange.sent_bytes)
+            timing.bare_seconds.append(rank.seconds(_bare_exchange(rank, exchange)))
     return timings
+
+
+def _bare_exchange(rank: Rank, exchange: GossipExchange) -> Callable[[], None]:
+    """Give what sends and receives as many bytes as the exchange did, and does nothing else."""
+    peers = list(exchange.topology.neighbors(rank.number)[0])
+    outgoing, incoming = torch.zeros(2, len(peers), exchange.link_bytes // 4, device=rank.device)
+
+    def send_and_receive() -> None:
+        operations = []
+        for row, peer in enumerate(peers):
+            operations += [dist.P2POp(dist.isend, outgoing[row], peer), dist.P2POp(dist.irecv, incoming[row], peer)]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+
+    return send_and_receive
 
 
 def _name(rank: int) -> str:
@@ -108,8 +127,9 @@ def tabulate(link: str, ranks: Sequence[int], timings: Sequence[Timing], argumen
     megabits = LINKS[link]
     table = ResultTable(
         f"Gossip of {NETWORKS[arguments.model].name} on {arguments.world_size} ranks, {link}",
-        ["what is gossiped", "sent", "bytes ÷ rate (ms)", "ms", "quartiles", "ms ÷ that"],
+        ["what is gossiped", "sent", "bytes ÷ rate (ms)", "bare (ms)", "ms", "quartiles", "÷ bare"],
         f"Medians of {len(timings[0].seconds)} rounds. Sent is what each rank sends in a step, in the mean over steps."
+        " Bare is an exchange of as many bytes, and nothing else; the ratio to it is taken round by round."
         + (
             f" The link's rate is {megabits:,} Mbit/s each way, headers included."
             if megabits
@@ -122,9 +142,10 @@ def tabulate(link: str, ranks: Sequence[int], timings: Sequence[Timing], argumen
                 _name(rank),
                 format_bytes(timing.bytes_per_step),
                 format_number(timing.bytes_per_step * 8e-3 / megabits) if megabits else "",
+                format_number(1e3 * spread(timing.bare_seconds).median),
                 format_number(1e3 * spread(timing.seconds).median),
                 spread(timing.seconds).quartiles(1e3),
-                format_number(timing.ratio(megabits).median) if megabits else "",
+                format_number(common.paired_ratio(timing.seconds, timing.bare_seconds).median),
             ]
         )
     return table
@@ -165,6 +186,7 @@ def to_json(ranks: Sequence[int], timings: Sequence[Timing]) -> list[dict[str, A
             "rank": rank,
             "seconds": timing.seconds,
             "seconds_spread": spread(timing.seconds),
+            "bare_seconds": timing.bare_seconds,
             "sent_bytes": timing.sent_bytes,
         }
         for rank, timing in zip(ranks, timings, strict=True)

@@ -5,8 +5,8 @@
     python examples/benchmarks/step.py --link loopback 1gbit 100mbit     # emulated links need root, `ip` and `tc`
 
 The contestants take turns within one run of the same processes (see `contestants`), and their ratios are taken round by
-round. "No exchange" is DDP with a hook that gives every bucket back as it is: the limit. "PowerGossip" has no server and
-no DDP: after the backward pass a rank exchanges products of its model with its neighbours on a ring, which is one link
+round. "No exchange" is DDP with a hook that gives every bucket back as it is: the limit. "PowerGossip" does without
+DDP: after the backward pass a rank exchanges products of its model with its neighbours on a ring, which is one link
 between two ranks. No contestant takes an optimizer's step.
 """
 
