@@ -14,8 +14,6 @@ import torch
 from image_classification import ImageClassifier, ImageDataModule, run_command_line
 from torch.utils.data import Subset
 
-from lightning_powersgd import PowerGossipStrategy
-
 
 class SortedShards(ImageDataModule):
     """Images sorted by their label, cut into two shards for each process, and dealt out: each knows few of the classes.
@@ -43,7 +41,10 @@ def main() -> None:
             "max_epochs": 40,
             # Every process has data of its own already.
             "use_distributed_sampler": False,
-            "strategy": PowerGossipStrategy(topology="ring", iterations=4),
+            "strategy": {
+                "class_path": "lightning_powersgd.PowerGossipStrategy",
+                "init_args": {"topology": "ring", "iterations": 4},
+            },
         },
     )
 
