@@ -83,7 +83,7 @@ class BaseStrategy(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         alone = self._may_be_alone(filepath) and not self._all_ranks_come()
         self.complete_checkpoint(checkpoint, alone)
-        with _temporary_files_beside(filepath):
+        with temporary_files_beside(filepath):
             super().save_checkpoint(checkpoint, filepath, storage_options)
         self._saved_alone = alone
 
@@ -169,7 +169,7 @@ class BaseStrategy(DDPStrategy):
 
 
 @contextlib.contextmanager
-def _temporary_files_beside(filepath: _PATH) -> Iterator[None]:
+def temporary_files_beside(filepath: _PATH) -> Iterator[None]:
     """Let temporary files be made in a file's own directory, if it has one on this machine.
 
     Lightning writes a checkpoint to a temporary file and then moves it. From another filesystem, such as a ``/tmp`` of

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,9 @@ from lightning_powersgd.linalg import (
 from lightning_powersgd.plan import SIDES, Plan, PowerSGDConfig, Side, Slot, make_plan, parameter_name, require_int
 from lightning_powersgd.state import common_device, other_side
 from lightning_powersgd.topology import Topology
+
+# How long a rank whose fit has failed waits for what neighbours may still send.
+_PATIENCE = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,9 @@ class GossipExchange:
             links.finish()
 
     def retire(self) -> None:
-        """Let go of the memory of factors and mailboxes when a fit ends."""
+        """Let go of the memory of factors and mailboxes when a fit ends, however it does."""
+        for links in self._rounds:
+            links.abandon()
         self._rounds, self._under_way = [], None
 
 
@@ -236,10 +242,19 @@ class _Links:
         """Receive the neighbours' products, move the model, and keep the difference as the next factor."""
         with self._explained():
             while self._works:
-                self._works.pop(0).wait()
+                self._works[0].wait()
+                self._works.pop(0)
         for mailbox in self._mailboxes:
             mailbox.move(self._side)
         self._side = other_side(self._side)
+
+    def abandon(self) -> None:
+        """Let messages that are on their way arrive, without any effect, unless the neighbours do not send theirs."""
+        # When memory that gloo is to write to is gone, the whole group cannot be used any more.
+        with contextlib.suppress(RuntimeError):
+            while self._works:
+                self._works.pop(0).wait(_PATIENCE)
+        self._works = []
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

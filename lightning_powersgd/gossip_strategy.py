@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_powersgd.agreement import in_common, mean_over_ranks, require_agreement
-from lightning_powersgd.base_strategy import BaseStrategy
+from lightning_powersgd.base_strategy import BaseStrategy, temporary_files_beside
 from lightning_powersgd.gossip import GossipExchange, PowerGossipConfig
 from lightning_powersgd.metrics import GossipMonitor
 from lightning_powersgd.state import require_values
@@ -57,7 +57,7 @@ class PowerGossipStrategy(BaseStrategy):
         average_model: validate, test, predict with and save the average of the ranks' models, which then needs one
             all-reduce of it; also the optimizer states are saved as averages, so that any number of ranks can resume.
             Otherwise each rank uses its own model, and saves it to a file of its own: ``last.ckpt``,
-            ``last.rank1.ckpt``, …
+            ``rank1-last.ckpt``, …
         seed: of the first random factors.
         log_metrics: log ``powergossip/bytes_sent``, ``link_bytes``, ``compression_ratio`` and ``consensus_distance`` at
             the trainer's cadence, without any callback being added by hand.
@@ -103,6 +103,8 @@ class PowerGossipStrategy(BaseStrategy):
     ) -> None:
         require_known(topology)
         self.config = PowerGossipConfig(rank, iterations, min_compression_ratio, overlap, seed)
+        if not isinstance(average_model, bool):
+            raise TypeError(f"`average_model={average_model!r}` is not a bool. Use True or False.")
         if prog_bar and not log_metrics:
             raise ValueError("`prog_bar=True` needs `log_metrics=True`. Set both, or leave the progress bar alone.")
         super().__init__(
@@ -241,7 +243,9 @@ class PowerGossipStrategy(BaseStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if not self.average_model and self.global_rank > 0:
-            self.checkpoint_io.save_checkpoint(checkpoint, self._own_file(filepath), storage_options)
+            own_file = self._own_file(filepath)
+            with temporary_files_beside(own_file):
+                self.checkpoint_io.save_checkpoint(checkpoint, own_file, storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -282,14 +286,17 @@ class PowerGossipStrategy(BaseStrategy):
                 exchange.finish()
                 trainable = [name for name, parameter in named if parameter.requires_grad]
                 require_agreement({"the parameters that are trainable": ", ".join(trainable)})
-            self._exchanges[id(optimizer)] = exchange = GossipExchange(named, self._topology, self.config, among)
+            new = GossipExchange(named, self._topology, self.config, among)
+            if exchange is not None:
+                new.step_count, new.total_sent_bytes = exchange.step_count, exchange.total_sent_bytes
+            self._exchanges[id(optimizer)] = exchange = new
         return exchange
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        """Give all parameters and floating-point buffers by name."""
+        """Give all parameters, and all buffers that have a mean, by name."""
         assert self.lightning_module is not None
         named = (*self.lightning_module.named_parameters(), *self.lightning_module.named_buffers())
-        return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
+        return {name: tensor.detach() for name, tensor in named if _has_mean(tensor)}
 
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, tensor in self._model_tensors().items():
@@ -302,12 +309,12 @@ class PowerGossipStrategy(BaseStrategy):
             tensors[name].copy_(mean)
 
     def _average_in(self, states: Mapping[Any, dict[str, Any]]) -> None:
-        """Replace the floating-point tensors in dicts, which have names themselves, by their means over the ranks."""
+        """Replace the tensors in dicts, which have names themselves, by their means over the ranks."""
         tensors = {
             f"{name}/{key}": (state, key)
             for name, state in states.items()
             for key, value in state.items()
-            if isinstance(value, Tensor) and value.is_floating_point()
+            if isinstance(value, Tensor) and _has_mean(value)
         }
         for name, mean in mean_over_ranks(
             in_common({name: state[key] for name, (state, key) in tensors.items()}), self.root_device
@@ -316,8 +323,14 @@ class PowerGossipStrategy(BaseStrategy):
             state[key] = mean
 
     def _own_file(self, filepath: _PATH) -> str:
-        root, ending = os.path.splitext(filepath)
-        return f"{root}.rank{self.global_rank}{ending}"
+        # The rank comes first, or Lightning would take `last.rank1.ckpt` for the last checkpoint of all, and read the
+        # number 11 from `hpc_ckpt_1.rank1.ckpt`.
+        folder, name = os.path.split(os.path.realpath(filepath) if os.path.islink(filepath) else filepath)
+        return os.path.join(folder, f"rank{self.global_rank}-{name}")
+
+
+def _has_mean(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -88,9 +88,9 @@ class ReplicasAgree(Callback):
         assert replicas_agree(pl_module), "the replicas drifted apart"
 
 
-def trainer(strategy: Any = "powersgd", *, root: str | Path, **kwargs: Any) -> Trainer:
-    """A quiet trainer on the current ranks, which checks that replicas agree when a fit ends."""
-    callbacks = [*kwargs.pop("callbacks", []), ReplicasAgree()]
+def trainer(strategy: Any = "powersgd", *, root: str | Path, alike: bool = True, **kwargs: Any) -> Trainer:
+    """A quiet trainer on the current ranks, which checks that replicas agree when a fit ends, if they are to."""
+    callbacks = [*kwargs.pop("callbacks", []), *([ReplicasAgree()] if alike else [])]
     defaults: dict[str, Any] = {
         "max_epochs": 2,
         "callbacks": callbacks,
