@@ -288,7 +288,8 @@ class PowerGossipStrategy(BaseStrategy):
                 require_agreement({"the parameters that are trainable": ", ".join(trainable)})
             new = GossipExchange(named, self._topology, self.config, among)
             if exchange is not None:
-                new.step_count, new.total_sent_bytes = exchange.step_count, exchange.total_sent_bytes
+                for count in ("step_count", "total_sent_bytes", "total_link_bytes"):
+                    setattr(new, count, getattr(exchange, count))
             self._exchanges[id(optimizer)] = exchange = new
         return exchange
 

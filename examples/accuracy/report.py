@@ -94,7 +94,7 @@ def tabulate(name: str, task: Task, runs: list[dict[str, Any]]) -> ResultTable:
         ["exchange", task.sent, "saved", task.unit, "minus DDP", "seeds"],
         f"{task.unit.capitalize()} on the test set after {steps} steps on {ranks} processes: mean ± standard deviation"
         " over the seeds. “minus DDP” compares runs with the same seed: mean ± standard error."
-        f" `torchrun --standalone --nproc-per-node {ranks} examples/accuracy/study.py {name} --data-dir FOLDER --seeds"
+        f" `torchrun --standalone --nproc-per-node {ranks} examples/accuracy/study.py {name} {task.options} --seeds"
         f" {' '.join(str(seed) for seed in ddp.values)}` and `python examples/accuracy/report.py`."
         f" Machine: {machines(runs)}.",
     )

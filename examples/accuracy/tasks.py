@@ -64,6 +64,7 @@ class Task:
         variants: what is tried.
         trainer: further arguments of the Trainer.
         sent: what is counted of each variant, for tables.
+        options: of the study's command, for tables.
     """
 
     title: str
@@ -78,6 +79,7 @@ class Task:
     variants: dict[str, dict[str, Any] | None]
     trainer: dict[str, Any]
     sent: str = "bytes a step"
+    options: str = "--data-dir FOLDER"
 
     def strategy(self, variant: str, steps: int) -> DDPStrategy:
         """Make the strategy of a variant, for a training of that many steps."""
@@ -186,4 +188,5 @@ TASKS["gossip"] = GossipTask(
     },
     trainer={"use_distributed_sampler": False},
     sent="bytes over a link a step",
+    options="--precision 32-true",
 )
