@@ -201,7 +201,8 @@ def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
         if not found:
             continue
         shares = {variant: turnaround(task, variant) / lines[0]["steps"] for variant in found}
-        lost = [task.lost(outcomes[variant].mean, outcomes["DDP"].mean) for variant in shares]
+        ddp = outcomes["DDP"]
+        lost = [task.lost(ddp.mean + float(np.mean(outcomes[variant].beyond(ddp))), ddp.mean) for variant in shares]
         colour, marker = looks[name]
         what = TASKS[name.split("_")[0]].title
         axes.plot(shares.values(), lost, marker, color=colour, label=f"{what}, {lines[0]['steps']:,} steps")
