@@ -14,7 +14,7 @@ the next round's V on the other side: two rounds are an iteration of the power m
 finds the directions in which neighbours disagree most. The factors of all links of a rank are stacked: a round reads
 the model once and writes it once, whatever the number of neighbours.
 
-Parameters that are not compressed (see `plan`) travel whole, once a step.
+Parameters that are not compressed (see `plan`) travel whole.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class PowerGossipConfig:
             more closely, for more bytes and arithmetic, both in proportion.
         iterations: rounds of gossip a step, over the same links. Higher: as with the rank, and each round finds the
             disagreement that the one before has left; but each waits for the one before.
-        min_compression_ratio: a matrix whose dense bytes / sent bytes of a step are below this travels whole.
+        min_compression_ratio: a matrix whose dense / sent ratio of a round is below this travels whole.
         overlap: let the last round of a step travel while the next step computes, and take effect after it. Hides the
             network's time, at a disagreement that is one step older.
         seed: of the first random factors.
@@ -73,8 +73,7 @@ class PowerGossipConfig:
         require_int("iterations", self.iterations, minimum=1, remedy="Use 1 for one round of gossip a step.")
         if not isinstance(self.overlap, bool):
             raise TypeError(f"`overlap={self.overlap!r}` is not a bool. Use True or False.")
-        checked = self._compression(self.min_compression_ratio)
-        object.__setattr__(self, "rank", checked.rank)
+        object.__setattr__(self, "rank", self._compression.rank)
 
     def plan(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Plan:
         """Decide which of a model's trainable parameters travel whole, and which as factors.
@@ -82,22 +81,25 @@ class PowerGossipConfig:
         Raises:
             ValueError: if a pattern of the rank matches no parameter.
         """
-        # Each iteration sends one of a matrix's two factors.
-        return make_plan(named_parameters, self._compression(self.min_compression_ratio * self.iterations))
+        return make_plan(named_parameters, self._compression)
 
     def summary(self, named_parameters: Iterable[tuple[str, Tensor]]) -> str:
         """Say in one line how much is compressed, and what that brings."""
         plan = self.plan(named_parameters)
         slots = list(plan.slots)
-        sent = sum(slot.sent_bytes(alternate=True) * (self.iterations if slot.rank else 1) for slot in slots)
+        sent = plan.sent_bytes(alternate=True) * self.iterations
         return (
             f"PowerGossip compresses {len(list(plan.compressed))} of {len(slots)} trainable parameters: over each link"
             f" go {sent / 1e6:,.3f} MB a step instead of {plan.dense_bytes / 1e6:,.2f} MB"
             f" ({plan.dense_bytes / max(sent, 1):,.1f}×)"
         )
 
-    def _compression(self, ratio: float) -> PowerSGDConfig:
-        return PowerSGDConfig(rank=self.rank, min_compression_ratio=ratio, alternate=True, seed=self.seed)
+    @property
+    def _compression(self) -> PowerSGDConfig:
+        # A round sends one of a matrix's two factors.
+        return PowerSGDConfig(
+            rank=self.rank, min_compression_ratio=self.min_compression_ratio, alternate=True, seed=self.seed
+        )
 
 
 class GossipExchange:
@@ -119,6 +121,7 @@ class GossipExchange:
         sent_bytes: bytes that it did send.
         link_bytes: those of one of its links, each of which carries the same; 0 without neighbours.
         total_sent_bytes: ``sent_bytes``, added up over all steps.
+        total_link_bytes: ``link_bytes``, likewise.
         exchanging: whether a step is under way.
 
     Raises:
@@ -152,7 +155,7 @@ class GossipExchange:
         self._under_way: _Links | None = None
         self.step_count = 0
         self.dense_bytes = self.sent_bytes = self.link_bytes = 0
-        self.total_sent_bytes = 0
+        self.total_sent_bytes = self.total_link_bytes = 0
         self.exchanging = False
 
     def is_among(self, parameters: Iterable[Tensor]) -> bool:
@@ -170,14 +173,15 @@ class GossipExchange:
         links = self._rounds[self.step_count % len(self._rounds)]
         self.step_count += 1
         sent_before = self.total_sent_bytes
-        for iteration in range(self.config.iterations):
+        for _ in range(self.config.iterations):
             self.finish()
-            links.start(whole=iteration == 0)
+            links.start()
             self._under_way = links
         if not self.config.overlap:
             self.finish()
         self.sent_bytes = self.total_sent_bytes - sent_before
         self.link_bytes = self.sent_bytes // max(links.degree, 1)
+        self.total_link_bytes += self.link_bytes
         self.dense_bytes = links.degree * sum(slot.dense_bytes for slot in self.slots)
         self.exchanging = False
 
@@ -217,13 +221,13 @@ class _Links:
         """The number of neighbours, d."""
         return len(self._peers)
 
-    def start(self, whole: bool) -> None:
-        """Send this rank's products with the factors of this side; and the parameters that travel whole, if told so."""
+    def start(self) -> None:
+        """Send this rank's products with the factors of this side, and the parameters that travel whole."""
         group = self._exchange.process_group or dist.group.WORLD
         assert group is not None
         operations = []
         for mailbox in self._mailboxes:
-            mailbox.fill(self._side, whole)
+            mailbox.fill(self._side)
             for row, peer in enumerate(self._peers):
                 end = dist.get_global_rank(group, peer)
                 for send_or_receive, box in ((dist.isend, mailbox.outgoing), (dist.irecv, mailbox.incoming)):
@@ -296,11 +300,11 @@ class _Mailbox:
         self._outbox, self._inbox = (torch.zeros(degree, length, dtype=dtype, device=wire) for _ in range(2))
         self.outgoing, self.incoming = self._outbox, self._inbox
 
-    def fill(self, side: Side, whole: bool) -> None:
-        """Put in the products that make the factor of a side, and the parameters that travel whole if told so."""
-        part = slice(0 if whole else self._start, self._start + self._lengths[side])
-        self.outgoing, self.incoming = self._outbox[:, part], self._inbox[:, part]
-        if whole and self._whole:
+    def fill(self, side: Side) -> None:
+        """Put in the parameters that travel whole, and the products that make the factor of a side."""
+        length = self._start + self._lengths[side]
+        self.outgoing, self.incoming = self._outbox[:, :length], self._inbox[:, :length]
+        if self._whole:
             flat = torch.cat([self._parameters[slot.name].detach().reshape(-1) for slot in self._whole])
             self._outbox[:, : self._start] = flat
         for slot, place in self._places(self._outbox, side):
@@ -320,21 +324,20 @@ class _Mailbox:
         # A model that is not finite stays alone: its neighbours do not take it over, at either end of the link.
         blemish = (difference * 0).sum(dim=1, keepdim=True)
         difference = torch.where(blemish == 0, difference, torch.zeros_like(difference))
-        whole = difference.shape[1] - self._lengths[side]
-        if whole:
-            moves = (self._weights * difference[:, :whole]).sum(dim=0)
+        if self._whole:
+            moves = (self._weights * difference[:, : self._start]).sum(dim=0)
             for slot, move in zip(self._whole, torch.split(moves, [slot.numel for slot in self._whole]), strict=True):
                 self._parameters[slot.name].sub_(move.view(slot.shape))
-        for slot, part in self._places(difference, side, start=whole):
+        for slot, part in self._places(difference, side):
             kept = self._factors[slot.name][side]
             kept.copy_(normalize_rows(part * self._signs, fallback=kept))
             product, basis = (part * self._weights.unsqueeze(2)).flatten(0, 1), self._bases.pop(slot.name).flatten(0, 1)
             left, right = (product, basis) if side == "left" else (basis, product)
             subtract_product(self._matrix(slot), left, right)
 
-    def _places(self, boxes: Tensor, side: Side, start: int | None = None) -> Iterator[tuple[Slot, Tensor]]:
+    def _places(self, boxes: Tensor, side: Side) -> Iterator[tuple[Slot, Tensor]]:
         """View what follows the whole parameters as factors, (d, r, k), of each compressed parameter."""
-        start = self._start if start is None else start
+        start = self._start
         for slot in self._compressed:
             length = slot.rank * slot.length(side)
             yield slot, boxes[:, start : start + length].view(len(boxes), slot.rank, -1)

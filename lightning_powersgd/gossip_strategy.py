@@ -50,7 +50,7 @@ class PowerGossipStrategy(BaseStrategy):
             0 sends a parameter whole, ``"*"`` stands for the rest; a parameter that no pattern matches is sent whole.
         iterations: rounds of gossip a step. Higher: as with ``rank``; each finds what the one before has left, and
             waits for it. Raise it if ``powergossip/consensus_distance`` keeps growing.
-        min_compression_ratio: a matrix whose dense / sent ratio of a step is below this is sent whole. At least 1.
+        min_compression_ratio: a matrix whose dense / sent ratio of a round is below this is sent whole. At least 1.
         overlap: let the last round of a step travel while the next step computes; it takes effect one step later.
         weights: the mixing matrix, a row for each rank: symmetric, non-negative, rows that sum to 1, zero where there
             is no link. None takes Metropolis-Hastings weights.

@@ -297,4 +297,5 @@ def _subtract_product(matrix: Tensor, left: Tensor, right: Tensor, out: Tensor, 
 
 
 def _by_columns(matrix: Tensor, factor: Tensor) -> bool:
-    return matrix.is_cpu and len(factor) <= _OUTER_PRODUCTS_UP_TO
+    # In half precision each column would round the sum anew.
+    return matrix.is_cpu and matrix.itemsize >= 4 and len(factor) <= _OUTER_PRODUCTS_UP_TO

@@ -92,19 +92,18 @@ class GossipReference:
         self.P: dict[tuple[int, int], Tensor] = {}
         self.uses = [0 for _ in rounds]
 
-    def __call__(self, X: list[Tensor], number: int, first: bool = True) -> list[Tensor]:
+    def __call__(self, X: list[Tensor], number: int) -> list[Tensor]:
         """Give what each rank adds to its matrix in a round.
 
         Args:
             X: the ranks' matrices.
             number: of the mixing matrix.
-            first: whether this is a step's first round, the one in which whole matrices travel.
         """
         A, add = self.rounds[number], [torch.zeros_like(x) for x in X]
         for i, j in self.links[number]:
             D = X[i] - X[j]
             if self.whole:
-                D_hat = D if first else torch.zeros_like(D)
+                D_hat = D
             elif self.uses[number] % 2 == 0:
                 # Q̂ = orth(Q),  P = (X_i − X_j) Q̂,  D̂ = P Q̂ᵀ
                 Q_hat = orth(self.Q[i, j])

@@ -20,7 +20,16 @@ from terminal import run
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
 # By benchmark, what its table must show.
 EXPECTED = {
-    "step": ["no exchange", "all-reduce", "fp16 hook", "PyTorch's hook", "PowerSGD full", "PowerSGD alternating"],
+    "step": [
+        "no exchange",
+        "all-reduce",
+        "fp16 hook",
+        "PyTorch's hook",
+        "PowerSGD full",
+        "PowerSGD alternating",
+        "PowerGossip",
+    ],
+    "gossip": ["whole models", "rank 2"],
     "kernel": ["256x256", "200 small layers"],
     "memory": ["PyTorch's hook", "PowerSGD full", "PowerSGD alternating", "PowerSGD full, bfloat16 errors"],
     "scale": [
@@ -81,8 +90,20 @@ def test_the_steps_are_counted_and_paired(printed, output_dir):
     assert exchanges["PowerSGD full, rank 2"]["sent_bytes"] == exchanges["PyTorch's hook, rank 2"]["sent_bytes"]
     assert exchanges["PowerSGD full, rank 2"]["all_reduces"] == 2
     assert exchanges["PowerSGD alternating, rank 2"]["all_reduces"] == 1
+    # Over the one link of two ranks goes one of two factors.
+    assert exchanges["PowerGossip, rank 2"]["sent_bytes"] == exchanges["PowerSGD alternating, rank 2"]["sent_bytes"]
+    assert exchanges["PowerGossip, rank 2"]["all_reduces"] == 0
     assert all(len(exchange["seconds"]) == 3 for exchange in exchanges.values())
     assert exchanges["no exchange"]["ratio_to_no_exchange"] == {"median": 1, "low": 1, "high": 1}
+
+
+def test_a_step_of_gossip_sends_whole_models_or_factors(printed, output_dir):
+    from workloads import NETWORKS
+
+    whole, factors = json.loads((output_dir / "gossip.json").read_text())["links"]["loopback"]
+    assert whole["sent_bytes"] == [NETWORKS["tiny"].gradient_bytes] * 4
+    assert len(factors["seconds"]) == 4
+    assert sum(factors["sent_bytes"]) < sum(whole["sent_bytes"]) / 2
 
 
 def test_memory_is_that_of_the_error_buffers(printed, output_dir):
@@ -159,6 +180,7 @@ def test_a_failing_rank_is_reported():
         ("step", ["--device=cuda"], "torch finds no CUDA device"),
         ("step", ["--world-size=1"], "one rank exchanges nothing"),
         ("step", ["--ranks", "0"], "0 is not positive"),
+        ("gossip", ["--world-size=1"], "one rank has no neighbours"),
         ("scale", ["--sizes", "100x2"], "not a multiple of 64"),
         ("scale", ["--world-sizes", "1"], "Add 2"),
     ],

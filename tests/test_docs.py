@@ -6,20 +6,38 @@ import re
 from pathlib import Path
 
 import lightning_powersgd
+from lightning_powersgd import make_topology
+from lightning_powersgd.topology import TOPOLOGIES
 
-PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
+DOCS = Path(__file__).parents[1] / "docs"
+GOSSIP = (DOCS / "gossip.md").read_text()
 
 
 def quoted_messages() -> list[str]:
-    messages = PAGE.read_text().split("## It does not start, or stops")[1]
-    return [message for _, message in re.findall(r"^\| (`+)(.+?)\1 \|", messages, re.MULTILINE)]
+    messages = (DOCS / "troubleshooting.md").read_text().split("## It does not start, or stops")[1]
+    in_tables = [message.strip() for _, message in re.findall(r"^\| (`+)(.+?)\1 \|", messages, re.MULTILINE)]
+    in_blocks = [
+        " ".join(block.split()) for block in re.findall(r"^```\n(Rank .+?)\n```$", GOSSIP, re.MULTILINE | re.DOTALL)
+    ]
+    assert len(in_tables) > 10
+    assert len(in_blocks) == 1
+    return in_tables + in_blocks
 
 
-def test_the_messages_of_the_troubleshooting_page_are_those_of_the_package():
+def test_the_messages_that_pages_quote_are_those_of_the_package():
     sources = Path(lightning_powersgd.__file__).parent.glob("*.py")
     # Strings that stand in several lines are one.
     said = re.sub(r'"\s*f?"', "", "\n".join(source.read_text() for source in sources))
-    assert len(quoted_messages()) > 10
     for message in quoted_messages():
         parts = [re.escape(part) for part in message.split("…")]
         assert re.search(r".*?".join(parts), said), message
+
+
+def test_the_topologies_of_the_gossip_page_have_these_figures():
+    rows = re.findall(r'^\| `"(\w+)"` \|.*\| ([^|]+) \| ([^|]+) \|$', GOSSIP, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(TOPOLOGIES)
+    for name, links, gaps in rows:
+        graphs = [make_topology(name, ranks) for ranks in (8, 16)]
+        assert gaps == ", ".join(f"{graph.spectral_gap:.3g}" for graph in graphs), name
+        used = [re.search(r"([\d.]+) used by a rank", graph.summary())[1] for graph in graphs]
+        assert links.split(";")[0] == ", ".join(used), name

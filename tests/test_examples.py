@@ -27,6 +27,7 @@ SHORTER = {
     "plain_python.py": "",
     "hydra_config.py": "+trainer.fast_dev_run=true",
     "text_transformer.py": "--trainer.fast_dev_run=true --model.width=64 --data.eval_windows=50",
+    "decentralized.py": "--trainer.devices=2 --trainer.fast_dev_run=true",
     "gan.py": "--trainer.max_epochs=1 --trainer.limit_train_batches=4",
 }
 
@@ -81,7 +82,7 @@ def test_the_readme_has_every_example():
 @pytest.mark.parametrize("command", [command for command in commands("python") if "compare.py" not in command])
 def test_a_command_of_the_readme(shell, tmp_path, command):
     printed = shell(f"{command} {SHORTER[Path(command.split()[1]).name]}")
-    assert "PowerSGD compresses" in printed
+    assert ("PowerGossip" if "decentralized.py" in command else "PowerSGD") + " compresses" in printed
     if "gan.py" in command:
         from matplotlib.image import imread
 

@@ -151,11 +151,11 @@ def simulate(
         add = [torch.zeros_like(x) for x in values]
         for step in range(steps):
             values = [changed(x, name, rank, step, size) for rank, x in enumerate(values)]
-            for iteration in range(settings.iterations):
+            for _ in range(settings.iterations):
                 values = [x + a for x, a in zip(values, add, strict=True)]
                 matrices = [x.permute(order).flatten(1) if slot.rank else x for x in values]
                 shape = values[0].permute(order).shape
-                moves = reference(matrices, step % len(rounds), iteration == 0)
+                moves = reference(matrices, step % len(rounds))
                 add = [a.view(shape).permute(back) if slot.rank else a for a in moves]
             if not settings.overlap:
                 values = [x + a for x, a in zip(values, add, strict=True)]
@@ -458,7 +458,7 @@ def test_the_summary_says_what_a_link_carries():
     # Columns and rows of the three that are compressed, in turn; and the biases and the like, whole.
     factors = 2 * (12 + 36 + 14 + 30 + 20 + 33 + 24 + 15) * 4
     dense = sum(parameter.nbytes for parameter in parameters.values())
-    sent = factors + (12 + 12 + 1) * 4
+    sent = factors + 2 * (12 + 12 + 1) * 4
     assert text == (
         f"PowerGossip compresses 4 of 8 trainable parameters: over each link go {sent / 1e6:,.3f} MB a step instead of"
         f" {dense / 1e6:,.2f} MB ({dense / sent:,.1f}×)"

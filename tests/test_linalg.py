@@ -212,3 +212,15 @@ def test_a_convolution_in_channels_last_is_seen_as_its_matrix():
     conv = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
     order = matrix_order(conv.weight)
     assert as_matrix(conv.weight, order).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [1, 2, 4, 8])
+def test_a_product_in_half_precision_is_rounded_once(dtype, rank):
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (torch.randn(rank, length, generator=generator).to(dtype) for length in (24, 40))
+    matrix = torch.zeros(24, 40, dtype=dtype)
+    decompress(matrix, (left, right), (left, right))
+    exact = left.double().t() @ right.double()
+    # Half of the last place; and what a sum in float32 may lose where large terms cancel.
+    assert (matrix.double() - exact).abs().le(exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-5).all()

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "choosing_a_rank": {"EPOCHS": 1, "BATCHES": 5},
+    "consensus": {"RANKS": 4, "STEPS": 4, "BYTES": 2_048},
     "first_run": {"EPOCHS": 1, "BATCHES": 5},
     "resuming": {"BATCHES": 4},
 }

@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from common import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, ResultTable, format_bytes, log_axis, make_console
 from study import RESULTS, read
-from tasks import TASKS, Task
+from tasks import TASKS, GossipTask, Task
 
 # Variants that are points of one line, and the colour, line and marker of each line.
 LINES: dict[str, tuple[tuple[str, ...], str, str]] = {
@@ -91,7 +91,7 @@ def tabulate(name: str, task: Task, runs: list[dict[str, Any]]) -> ResultTable:
     steps, ranks = runs[0]["steps"], runs[0]["ranks"]
     table = ResultTable(
         task.title,
-        ["gradients", "bytes a step", "saved", task.unit, "minus DDP", "seeds"],
+        ["exchange", task.sent, "saved", task.unit, "minus DDP", "seeds"],
         f"{task.unit.capitalize()} on the test set after {steps} steps on {ranks} processes: mean ± standard deviation"
         " over the seeds. “minus DDP” compares runs with the same seed: mean ± standard error."
         f" `torchrun --standalone --nproc-per-node {ranks} examples/accuracy/study.py {name} --data-dir FOLDER --seeds"
@@ -192,7 +192,8 @@ def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     # A colour for what is learnt, a marker for how long.
-    looks = dict(zip(TASKS, ((colour, marker) for marker in "os^" for colour in (BLUE, ORANGE)), strict=True))
+    names = [name for name, task in TASKS.items() if not isinstance(task, GossipTask)]
+    looks = dict(zip(names, ((colour, marker) for marker in "os^" for colour in (BLUE, ORANGE)), strict=True))
     plain = [variant for label in ("full steps", "alternating") for variant in LINES[label][0]]
     for name, lines in runs.items():
         task, outcomes = TASKS[name], summarise(TASKS[name], lines)
@@ -244,7 +245,10 @@ def main() -> None:
         table = tabulate(name, TASKS[name], lines)
         (folder / f"{name}.md").write_text(table.to_markdown())
         console.print(table.to_rich())
-    for name, figure in (("accuracy", draw_accuracy(runs)), ("turnaround", draw_turnaround(runs))):
+    drawn = {name: lines for name, lines in runs.items() if not isinstance(TASKS[name], GossipTask)}
+    if not drawn:
+        return
+    for name, figure in (("accuracy", draw_accuracy(drawn)), ("turnaround", draw_turnaround(drawn))):
         figure.savefig(folder / f"{name}.png", dpi=150)
         console.print(f"Figure: {folder / name}.png", highlight=False)
 

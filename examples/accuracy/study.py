@@ -25,9 +25,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.strategies import DDPStrategy
-
-from lightning_powersgd import PowerSGDStrategy
 
 # The example programs, and what the benchmarks share.
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "benchmarks")]
@@ -47,10 +44,7 @@ def train(task: Task, variant: str, seed: int, arguments: argparse.Namespace) ->
     """
     seed_everything(seed, workers=True, verbose=False)
     module, data = task.module(), task.data(arguments.data_dir)
-    settings = task.variants[variant]
-    if settings is not None and "start_step" in settings:
-        settings = {**settings, "start_step": round(settings["start_step"] * arguments.steps)}
-    strategy = DDPStrategy() if settings is None else PowerSGDStrategy(**settings, log_metrics=False)
+    strategy = task.strategy(variant, arguments.steps)
     trainer = Trainer(
         accelerator=arguments.accelerator,
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -70,17 +64,13 @@ def train(task: Task, variant: str, seed: int, arguments: argparse.Namespace) ->
     trainer.fit(module, data)
     seconds = time.perf_counter() - began
     dense_bytes = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-    bytes_per_step = dense_bytes
-    if isinstance(strategy, PowerSGDStrategy):
-        assert strategy.exchange is not None
-        bytes_per_step = strategy.exchange.state.total_sent_bytes / arguments.steps
     (tested,) = trainer.test(module, data, verbose=False)
     value = tested[f"test_{task.metric}"] * task.scale
     return {
         "variant": variant,
         "seed": seed,
         task.metric: value if math.isfinite(value) else None,
-        "bytes_per_step": bytes_per_step,
+        "bytes_per_step": task.bytes_per_step(strategy, dense_bytes, arguments.steps),
         "dense_bytes": dense_bytes,
         "steps": arguments.steps,
         "ranks": trainer.world_size,
@@ -103,13 +93,17 @@ def parse() -> argparse.Namespace:
         epilog="Start it with torchrun: torchrun --standalone --nproc-per-node 2 examples/accuracy/study.py ...",
     )
     parser.add_argument("task", choices=TASKS, help="what is learnt")
-    parser.add_argument("--data-dir", type=Path, required=True, help="Fashion-MNIST's four files, or files *.txt")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="Fashion-MNIST's four files, or files *.txt; without it MNIST's 5,000 images, or the help texts of Python",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and batches")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="some of them only, by their names")
     parser.add_argument("--steps", type=int, help="of each training; the task's own if not given")
     parser.add_argument("--accelerator", default="auto", help="of the Trainer")
     parser.add_argument("--precision", default="bf16-mixed", help="of the Trainer")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results, the same on all machines")
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
     arguments.variants = arguments.variants or list(task.variants)

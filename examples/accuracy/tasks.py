@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from decentralized import SortedShards
 from image_classification import ImageClassifier, ImageDataModule
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from resnet import resnet18
 from text_transformer import ByteTransformer, TextDataModule
+
+from lightning_powersgd import PowerGossipStrategy, PowerSGDStrategy
 
 # Settings of the strategy by the name of the variant; `None` is plain DDP. Of `start_step`, the share of all steps.
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -59,6 +63,7 @@ class Task:
         steps: of a training, by default.
         variants: what is tried.
         trainer: further arguments of the Trainer.
+        sent: what is counted of each variant, for tables.
     """
 
     title: str
@@ -68,10 +73,27 @@ class Task:
     higher_is_better: bool
     goal: str
     module: Callable[[], LightningModule]
-    data: Callable[[Path], LightningDataModule]
+    data: Callable[[Path | None], LightningDataModule]
     steps: int
     variants: dict[str, dict[str, Any] | None]
     trainer: dict[str, Any]
+    sent: str = "bytes a step"
+
+    def strategy(self, variant: str, steps: int) -> DDPStrategy:
+        """Make the strategy of a variant, for a training of that many steps."""
+        settings = self.variants[variant]
+        if settings is None:
+            return DDPStrategy()
+        if "start_step" in settings:
+            settings = {**settings, "start_step": round(settings["start_step"] * steps)}
+        return PowerSGDStrategy(**settings, log_metrics=False)
+
+    def bytes_per_step(self, strategy: DDPStrategy, dense_bytes: int, steps: int) -> float:
+        """Count what a process handed to collectives in a step of a training that is over."""
+        if not isinstance(strategy, PowerSGDStrategy):
+            return dense_bytes
+        assert strategy.exchange is not None
+        return strategy.exchange.state.total_sent_bytes / steps
 
     def lost(self, value: float, ddp: float) -> float:
         """Say how much worse than plain DDP a value is, in units of the goal: up to 1 is near enough."""
@@ -80,7 +102,32 @@ class Task:
         return worse / float(amount) * (100 / ddp if unit == "%" else 1)
 
 
-TASKS = {
+class Alone(PowerGossipStrategy):
+    """No communication: what gossip is to be better than."""
+
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        return DDPStrategy.optimizer_step(self, optimizer, closure, model, **kwargs)
+
+
+class GossipTask(Task):
+    """Something to learn without a server. ``settings`` are PowerGossip's; ``alone`` among them is no communication."""
+
+    def strategy(self, variant: str, steps: int) -> DDPStrategy:
+        settings = self.variants[variant]
+        if settings is None:
+            return DDPStrategy()
+        if "alone" in settings:
+            return Alone(average_model=settings["alone"] == "average", log_metrics=False)
+        return PowerGossipStrategy(**settings, log_metrics=False)
+
+    def bytes_per_step(self, strategy: DDPStrategy, dense_bytes: int, steps: int) -> float:
+        """Count what went over a link in a step, one way. An all-reduce is taken for one around a ring."""
+        if not isinstance(strategy, PowerGossipStrategy):
+            return 2 * (strategy.world_size - 1) / strategy.world_size * dense_bytes
+        return sum(exchange.total_link_bytes for exchange in strategy.exchanges) / steps
+
+
+TASKS: dict[str, Task] = {
     "images": Task(
         title="ResNet-18 on Fashion-MNIST",
         metric="accuracy",
@@ -117,3 +164,26 @@ TASKS |= {
     f"{name}_{times}x": replace(TASKS[name], title=f"{TASKS[name].title}, {times} times as long", steps=times * 600)
     for name, times in (("images", 4), ("text", 4), ("images", 10), ("text", 20))
 }
+
+TASKS["gossip"] = GossipTask(
+    title="Sorted shards of MNIST on a ring",
+    metric="accuracy",
+    scale=100,
+    unit="accuracy",
+    higher_is_better=True,
+    goal="1 points",
+    module=ImageClassifier,
+    data=lambda folder: SortedShards(folder, batch_size=32),
+    steps=1120,
+    variants={
+        "DDP": None,
+        "whole models": {"rank": {"*": 0}},
+        "rank 1": {"rank": 1},
+        "rank 1, 4 iterations": {"rank": 1, "iterations": 4},
+        "rank 1, 8 iterations": {"rank": 1, "iterations": 8},
+        "no communication, average model": {"alone": "average"},
+        "no communication, own models": {"alone": "own"},
+    },
+    trainer={"use_distributed_sampler": False},
+    sent="bytes over a link a step",
+)

@@ -28,8 +28,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lightning_powersgd.forecast import format_bytes as format_bytes
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+BLUE, ORANGE, GREEN, PURPLE, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 BLACK, GREY = "#000000", "#7F7F7F"
 
 
@@ -263,14 +265,6 @@ def format_number(value: float) -> str:
     if abs(value) < 1:
         return f"{value:.2g}"
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
-
-
-def format_bytes(count: float) -> str:
-    """Write a number of bytes in a readable unit."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.3g} {unit}" if count < 999 * size else f"{count / size:,.0f} {unit}"
-    return f"{count:.0f} B"
 
 
 def log_axis(axis: Axis) -> None:

@@ -1,14 +1,15 @@
-"""The ways to exchange gradients that are compared, and the measurement of whole training steps with them.
+"""The ways to exchange gradients or models that are compared, and the measurement of whole training steps with them.
 
-All contestants live in the same processes, each as a DistributedDataParallel around its own replica of the network,
-and take turns: a round is one step of each, in an order that changes from round to round and is the same on all ranks.
+All contestants live in the same processes, each as a DistributedDataParallel around its own replica of the network
+(those that gossip need none), and take turns: a round is one step of each, in an order that changes from round to round
+and is the same on all ranks.
 """
 
 import contextlib
 import copy
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 from unittest import mock
@@ -16,7 +17,20 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from common import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Spread, paired_difference, paired_ratio, progress_bar
+from common import (
+    AMBER,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    Spread,
+    paired_difference,
+    paired_ratio,
+    progress_bar,
+)
 from network import LINKS, emulated_network
 from processes import Rank, run_ranks
 from torch import Tensor, nn
@@ -26,9 +40,11 @@ from torch.nn.parallel import DistributedDataParallel
 from workloads import Network
 
 if TYPE_CHECKING:
-    from lightning_powersgd import PowerSGDConfig
+    from lightning_powersgd import GossipExchange, PowerSGDConfig
 
-Family = Literal["no exchange", "all-reduce", "fp16 hook", "bf16 hook", "PyTorch's hook", "full", "alternating"]
+Family = Literal[
+    "no exchange", "all-reduce", "fp16 hook", "bf16 hook", "PyTorch's hook", "full", "alternating", "PowerGossip"
+]
 OURS: tuple[Family, ...] = ("full", "alternating")
 POWERSGD: tuple[Family, ...] = ("PyTorch's hook", *OURS)
 
@@ -41,6 +57,7 @@ STYLES: dict[Family, tuple[str, str, str]] = {
     "PyTorch's hook": (ORANGE, "--", "s"),
     "full": (BLUE, "-", "o"),
     "alternating": (SKY, "-", "^"),
+    "PowerGossip": (AMBER, "-", "v"),
 }
 
 # PyTorch's hook averages exactly in its first two steps, and makes its buffers in the third. DDP rearranges its buckets
@@ -54,7 +71,7 @@ class Contestant:
 
     Args:
         family: which kind it is.
-        rank: of PowerSGD; 0 for the others.
+        rank: of PowerSGD or PowerGossip; 0 for the others.
         error_dtype: of the error buffers, for this package's.
     """
 
@@ -72,6 +89,13 @@ class Contestant:
     def name(self) -> str:
         """The name with the rank."""
         return self.family_name + (f", rank {self.rank}" if self.rank else "")
+
+    def attach(self, module: nn.Module) -> "Step":
+        """Make a replica ready for training steps with this exchange."""
+        if self.family != "PowerGossip":
+            return Step(self.wrap(module))
+        exchange = make_gossip(module, self.rank)
+        return Step(module, exchange.step, exchange)
 
     def wrap(self, module: nn.Module) -> DistributedDataParallel:
         """Wrap a replica in DDP, with what averages its gradients attached."""
@@ -112,6 +136,49 @@ def powersgd_contestants(ranks: Sequence[int]) -> list[Contestant]:
     return [Contestant(family, rank) for rank in ranks for family in POWERSGD]
 
 
+def gossip_contestants(ranks: Sequence[int]) -> list[Contestant]:
+    """Give PowerGossip on a ring at each rank."""
+    return [Contestant("PowerGossip", rank) for rank in ranks]
+
+
+def make_gossip(module: nn.Module, rank: int) -> "GossipExchange":
+    """Let a module gossip on a ring; at rank 0 all of it travels whole.
+
+    Gossip writes into the weights, which other contestants share: the module gets its own, different on each rank, as
+    they are in a training.
+    """
+    # Imports Lightning, which takes seconds; only ranks need it.
+    from lightning_powersgd import GossipExchange, PowerGossipConfig, make_topology
+
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        parameter.data = parameter.data + 0.01 * noise
+    config = PowerGossipConfig(rank=rank or {"*": 0})
+    return GossipExchange(module.named_parameters(), make_topology("ring", dist.get_world_size()), config)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A replica, and what a training step does with it.
+
+    Attributes:
+        module: the replica, in DDP or not.
+        afterwards: what follows the backward pass.
+        gossip: the exchange, where it is between neighbours.
+    """
+
+    module: nn.Module
+    afterwards: Callable[[], None] | None = None
+    gossip: "GossipExchange | None" = None
+
+    def __call__(self, batch: Tensor) -> None:
+        """Go forward and backward, and exchange."""
+        self.module(batch).square().mean().backward()
+        if self.afterwards is not None:
+            self.afterwards()
+
+
 def torch_powersgd_state(rank: int) -> powerSGD_hook.PowerSGDState:
     """Make the state of PyTorch's hook: compression from the third step on, the first that it allows."""
     return powerSGD_hook.PowerSGDState(
@@ -134,7 +201,7 @@ class Measurement:
 
     Attributes:
         seconds: of every round's step, by contestant.
-        sent_bytes: handed to all-reduce in a step, by contestant.
+        sent_bytes: handed to all-reduce in a step, or sent to neighbours, by contestant.
         collectives: all-reduces of a step, by contestant.
         failures: why a contestant could not be measured.
         bare_seconds: of a bare all-reduce of some bytes over the same link, several times, by bytes.
@@ -212,34 +279,34 @@ def _measure_steps(
     result = Measurement()
     original = network.build(rank.device)
     batches = [network.draw(rank.device, seed=10 * number + rank.number) for number in range(4)]
-    modules = {}
+    steps: dict[Contestant, Step] = {}
     for contestant in contestants:
         rank.report(f"warming up: {contestant.name}")
         failure = ""
         try:
-            modules[contestant] = _warmed_up(contestant, _replica(original), batches, result)
+            steps[contestant] = _warmed_up(contestant, _replica(original), batches, result)
         except (RuntimeError, TypeError) as error:
             failure = str(error).strip().splitlines()[0]
         failures = [failure] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
         if any(failures):
             result.failures[contestant] = next(text for text in failures if text)
-            modules.pop(contestant, None)
+            steps.pop(contestant, None)
 
     rank.report("measuring the link")
     rank.limit_link()
     result.bare_seconds = {size: rank.all_reduce_seconds(size, repeats=7) for size in bare_sizes}
 
-    result.seconds = {contestant: [] for contestant in modules}
-    order = list(modules)
+    result.seconds = {contestant: [] for contestant in steps}
+    order = list(steps)
     shuffled = random.Random(0)
     for round_ in range(repeats):
         shuffled.shuffle(order)
         for contestant in order:
             rank.report(f"round {round_ + 1}: {contestant.name}")
-            ddp, batch = modules[contestant], batches[round_ % len(batches)]
-            result.seconds[contestant].append(rank.seconds(lambda ddp=ddp, batch=batch: _step(ddp, batch)))
-            ddp.zero_grad()
+            step, batch = steps[contestant], batches[round_ % len(batches)]
+            result.seconds[contestant].append(rank.seconds(lambda step=step, batch=batch: step(batch)))
+            step.module.zero_grad()
     return result
 
 
@@ -251,27 +318,24 @@ def _replica(original: nn.Module) -> nn.Module:
     return replica
 
 
-def _step(ddp: DistributedDataParallel, batch: Tensor) -> None:
-    ddp(batch).square().mean().backward()
-
-
-def _warmed_up(
-    contestant: Contestant, module: nn.Module, batches: Sequence[Tensor], result: Measurement
-) -> DistributedDataParallel:
+def _warmed_up(contestant: Contestant, module: nn.Module, batches: Sequence[Tensor], result: Measurement) -> Step:
     """Make the first steps, and count what is sent in the last two (alternating, the two differ)."""
-    ddp = contestant.wrap(module)
+    step = contestant.attach(module)
     for batch in batches[: WARM_UP_STEPS - 2]:
-        _step(ddp, batch)
-        ddp.zero_grad()
+        step(batch)
+        step.module.zero_grad()
+    gossiped = step.gossip.total_sent_bytes if step.gossip else 0
     with _counted_all_reduces() as sent:
         for batch in batches[-2:]:
-            _step(ddp, batch)
-            ddp.zero_grad()
+            step(batch)
+            step.module.zero_grad()
     if contestant.family == "all-reduce":  # DDP itself sends whole buckets, without Python
-        sizes = ddp._get_ddp_logging_data()["rebuilt_bucket_sizes"]
+        sizes = step.module._get_ddp_logging_data()["rebuilt_bucket_sizes"]
         sent = [int(size) for size in sizes.split(",")] * 2
     result.sent_bytes[contestant], result.collectives[contestant] = sum(sent) / 2, len(sent) / 2
-    return ddp
+    if step.gossip:
+        result.sent_bytes[contestant] += (step.gossip.total_sent_bytes - gossiped) / 2
+    return step
 
 
 @contextlib.contextmanager

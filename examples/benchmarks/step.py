@@ -5,7 +5,9 @@
     python examples/benchmarks/step.py --link loopback 1gbit 100mbit     # emulated links need root, `ip` and `tc`
 
 The contestants take turns within one run of the same processes (see `contestants`), and their ratios are taken round by
-round. "No exchange" is DDP with a hook that gives every bucket back as it is: the limit.
+round. "No exchange" is DDP with a hook that gives every bucket back as it is: the limit. "PowerGossip" does without
+DDP: after the backward pass a rank exchanges products of its model with its neighbours on a ring, which is one link
+between two ranks. No contestant takes an optimizer's step.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from contestants import (
     STYLES,
     Contestant,
     Measurement,
+    gossip_contestants,
     powersgd_contestants,
     run_steps,
 )
@@ -56,11 +59,12 @@ def tabulate(link: str, measured: Measurement, arguments: argparse.Namespace) ->
         ],
         f"Medians of {len(measured.seconds[NO_EXCHANGE])} rounds. Differences from “no exchange” and ratios are taken"
         " round by round; “PyTorch ÷ this” compares with PyTorch's hook at the same rank. Sent are the bytes that"
-        " each rank hands to all-reduce in a step. A bare all-reduce went at"
+        " each rank hands to all-reduce in a step, or with PowerGossip to its neighbours. A bare all-reduce went at"
         f" {link_rate(measured, arguments.world_size):.3g} Gbit/s each way.",
     )
     for contestant, seconds in measured.seconds.items():
         theirs = Contestant("PyTorch's hook", contestant.rank)
+        comparable = contestant.family in POWERSGD and theirs in measured.seconds
         table.rows.append(
             [
                 contestant.family_name,
@@ -70,7 +74,7 @@ def tabulate(link: str, measured: Measurement, arguments: argparse.Namespace) ->
                 format_number(1e3 * measured.added(contestant)),
                 format_number(measured.ratio(contestant, NO_EXCHANGE).median),
                 format_number(measured.ratio(contestant, ALL_REDUCE).median),
-                format_number(measured.ratio(theirs, contestant).median) if theirs in measured.seconds else "",
+                format_number(measured.ratio(theirs, contestant).median) if comparable else "",
                 format_bytes(measured.sent_bytes[contestant]),
             ]
         )
@@ -113,23 +117,23 @@ def draw(results: dict[str, Measurement], arguments: argparse.Namespace) -> Figu
     figure.suptitle(f"A training step of {NETWORKS[arguments.model].name} on {arguments.world_size} ranks")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (link, measured) in zip(panels, results.items(), strict=True):
-        _draw_link(axes, measured, arguments.ranks)
-        axes.set(title=link, xlabel="PowerSGD's rank")
+        _draw_link(axes, measured)
+        axes.set(title=link, xlabel="rank")
     panels[0].set_ylabel("step (× no exchange)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     return figure
 
 
-def _draw_link(axes: Axes, measured: Measurement, ranks: list[int]) -> None:
+def _draw_link(axes: Axes, measured: Measurement) -> None:
     for contestant in REFERENCES:
         if contestant in measured.seconds:
             color, line, _ = STYLES[contestant.family]
             ratio = measured.ratio(contestant, NO_EXCHANGE).median
             axes.axhline(ratio, color=color, linestyle=line, label=contestant.name)
-    for family in POWERSGD:
+    for family in (*POWERSGD, "PowerGossip"):
         color, line, marker = STYLES[family]
-        present = [rank for rank in ranks if Contestant(family, rank) in measured.seconds]
+        present = sorted(contestant.rank for contestant in measured.seconds if contestant.family == family)
         ratios = [measured.ratio(Contestant(family, rank), NO_EXCHANGE) for rank in present]
         errors = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
         label = Contestant(family).family_name
@@ -144,6 +148,7 @@ def _draw_link(axes: Axes, measured: Measurement, ranks: list[int]) -> None:
             label=label,
         )
     axes.set_xscale("log", base=2)
+    ranks = sorted({contestant.rank for contestant in measured.seconds if contestant.rank})
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.xaxis.set_minor_locator(NullLocator())
     common.log_axis(axes.yaxis)
@@ -157,13 +162,20 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(NETWORKS), default="transformer")
     parser.add_argument("--world-size", type=positive, default=2, help="number of ranks, one process each")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8, 32], help="PowerSGD's ranks")
+    parser.add_argument(
+        "--gossip-ranks", type=positive, nargs="+", default=[1, 2], help="PowerGossip's ranks, on a ring"
+    )
     parser.add_argument("--link", choices=tuple(LINKS), nargs="+", default=["loopback"], help="one or several")
     parser.add_argument("--repeats", type=positive, help=f"rounds; by default {REPEATS}")
-    arguments = common.parse(parser, quick={"model": "tiny", "ranks": [2], "repeats": 3})
+    arguments = common.parse(parser, quick={"model": "tiny", "ranks": [2], "gossip_ranks": [2], "repeats": 3})
     if arguments.world_size < 2:
         parser.error(f"--world-size {arguments.world_size}: one rank exchanges nothing. Use 2 or more.")
 
-    contestants = [*REFERENCES, *powersgd_contestants(arguments.ranks)]
+    contestants = [
+        *REFERENCES,
+        *powersgd_contestants(arguments.ranks),
+        *gossip_contestants(arguments.gossip_ranks),
+    ]
     results, remarks = over_links(
         arguments.link,
         lambda link: run_steps(
