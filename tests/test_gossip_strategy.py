@@ -247,6 +247,28 @@ def test_precision(fit, precision):
         assert result["metrics"]["train_loss"] < 1.0
 
 
+def test_complex_parameters(fit):
+    for result in fit(_complex):
+        assert result["agree"]
+        assert result["state"]["turn"].is_complex()
+        assert result["metrics"]["powergossip/consensus_distance"] > 0
+
+
+def _complex(root: str) -> dict[str, Any]:
+    class Turned(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Parameter(torch.ones(32, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward((x * self.turn).real)
+
+    result = train(root, model=Turned(), max_steps=5)
+    assert gather_equal([torch.view_as_real(result["state"]["turn"])])
+    assert result["state"]["turn"].abs().sub(1).abs().max() > 1e-3
+    return result
+
+
 def test_compiled_module(fit):
     compiled, plain = fit(_compiled, True)[0], fit(_compiled, False)[0]
     assert compiled["agree"]

@@ -189,7 +189,7 @@ def test_help_lists_every_argument_of_gossip_with_its_text(strategy_of, capsys):
         "topology": "who talks to whom",
         "rank": "columns kept of each factor",
         "iterations": "rounds of gossip a step",
-        "min_compression_ratio": "dense / sent ratio of a step is below this",
+        "min_compression_ratio": "dense / sent ratio of a round is below this",
         "overlap": "travel while the next step computes",
         "weights": "the mixing matrix",
         "average_model": "the average of the ranks' models",
