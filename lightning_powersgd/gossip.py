@@ -145,8 +145,8 @@ class GossipExchange:
                 f" Make it for {self.world_size}."
             )
         named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
-        members = None if among is None else {id(parameter) for parameter in among}
-        taking_part = {name for name, parameter in named if members is None or id(parameter) in members}
+        self._among = {id(parameter) for parameter in (dict(named).values() if among is None else among)}
+        taking_part = {name for name, parameter in named if id(parameter) in self._among}
         self.slots = [slot for slot in config.plan(named).slots if slot.name in taking_part]
         self.parameters = {slot.name: dict(named)[slot.name] for slot in self.slots}
         self.device = common_device(self.parameters)
@@ -159,8 +159,8 @@ class GossipExchange:
         self.exchanging = False
 
     def is_among(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether these are the parameters that take part, in any order."""
-        return {id(parameter) for parameter in parameters} == {id(mine) for mine in self.parameters.values()}
+        """Whether the exchange was made among these parameters, in any order."""
+        return {id(parameter) for parameter in parameters} == self._among
 
     @torch.no_grad()
     def step(self) -> None:
