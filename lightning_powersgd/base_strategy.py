@@ -102,6 +102,11 @@ class BaseStrategy(DDPStrategy):
         return None
 
     @property
+    def messages(self) -> int:
+        """What the group counted that is no collective (see `position_of`)."""
+        return 0
+
+    @property
     def steps(self) -> int | None:
         """The steps so far; ``None`` in the middle of one, where ranks may be stuck."""
         raise NotImplementedError
@@ -165,7 +170,8 @@ class BaseStrategy(DDPStrategy):
             return True
         if self.steps is None:
             return False
-        return all_ranks_come(position_of(self.steps, self.process_group), PATIENCE, self.process_group)
+        position = position_of(self.steps, self.process_group, self.messages)
+        return all_ranks_come(position, PATIENCE, self.process_group)
 
 
 @contextlib.contextmanager

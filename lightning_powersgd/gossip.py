@@ -123,6 +123,8 @@ class GossipExchange:
         total_sent_bytes: ``sent_bytes``, added up over all steps.
         total_link_bytes: ``link_bytes``, likewise.
         exchanging: whether a step is under way.
+        messages: by how much the exchange raised the sequence number of the group. With gloo that depends on the number
+            of neighbours.
 
     Raises:
         ValueError: if the topology has another number of ranks than the group, a pattern of the rank matches nothing,
@@ -157,6 +159,7 @@ class GossipExchange:
         self.dense_bytes = self.sent_bytes = self.link_bytes = 0
         self.total_sent_bytes = self.total_link_bytes = 0
         self.exchanging = False
+        self.messages = 0
 
     def is_among(self, parameters: Iterable[Tensor]) -> bool:
         """Whether the exchange was made among these parameters, in any order."""
@@ -234,9 +237,11 @@ class _Links:
                     if box[row].numel():
                         operations.append(dist.P2POp(send_or_receive, box[row], end, group))
             self._exchange.total_sent_bytes += mailbox.outgoing.nbytes
+        before = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
         with self._explained():
             # All at once, so that no order of the neighbours can leave ranks waiting for each other in a circle.
             self._works = dist.batch_isend_irecv(operations) if operations else []
+        self._exchange.messages += group._get_sequence_number_for_group() - before  # type: ignore[attr-defined]
 
     def finish(self) -> None:
         """Receive the neighbours' products, move the model, and keep the difference as the next factor."""

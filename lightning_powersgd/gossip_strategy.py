@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_powersgd.agreement import in_common, mean_over_ranks, require_agreement
+from lightning_powersgd.agreement import differing, in_common, mean_over_ranks, require_agreement
 from lightning_powersgd.base_strategy import BaseStrategy, temporary_files_beside
 from lightning_powersgd.gossip import GossipExchange, PowerGossipConfig
 from lightning_powersgd.metrics import GossipMonitor
@@ -118,7 +119,8 @@ class PowerGossipStrategy(BaseStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self._graph, self._weights = topology, weights
+        self._graph = topology if isinstance(topology, str | nx.Graph) else list(topology)
+        self._weights = weights
         self.average_model = average_model
         self._topology: Topology | None = None
         self._exchanges: dict[int, GossipExchange] = {}
@@ -133,6 +135,11 @@ class PowerGossipStrategy(BaseStrategy):
     def exchanges(self) -> list[GossipExchange]:
         """The exchanges of the current or the last fit, one for each optimizer."""
         return list(self._exchanges.values())
+
+    @property
+    @override
+    def messages(self) -> int:
+        return sum(exchange.messages for exchange in self.exchanges)
 
     @property
     @override
@@ -187,9 +194,14 @@ class PowerGossipStrategy(BaseStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
-        batches = self.lightning_module.trainer.num_training_batches
+        trainer = self.lightning_module.trainer
         require_agreement(
-            {"the number of training batches (`Trainer(limit_train_batches=…)` makes it equal)": str(batches)}
+            {
+                "the number of training batches (`Trainer(limit_train_batches=…)` makes it equal)": str(
+                    trainer.num_training_batches
+                ),
+                "the step to begin with (the files of all ranks must be of one checkpoint)": str(trainer.global_step),
+            }
         )
 
     @override
@@ -210,21 +222,25 @@ class PowerGossipStrategy(BaseStrategy):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         if self.average_model and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._own_model = _copies(self._model_tensors())
-            self._adopt_average()
+            tensors = self._differing_tensors()
+            own_model = _copies(tensors)
+            self._adopt_average(tensors)
+            # Only now, since a checkpoint on a signal takes the model for the average from here on.
+            self._own_model = own_model
 
     @override
     def on_validation_end(self) -> None:
         super().on_validation_end()
-        if self._own_model is not None:
-            self._assign(self._own_model)
-            self._own_model = None
+        own_model, self._own_model = self._own_model, None
+        if own_model is not None:
+            self._assign(own_model)
 
     @override
     def complete_checkpoint(self, checkpoint: dict[str, Any], alone: bool) -> None:
         if not self.average_model or not self._exchanges:
             return
         if alone:
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **(self._own_model or {})}
             rank_zero_warn(
                 "A checkpoint was saved on an exception or a signal with rank 0's own model: the average needs every"
                 " rank, and not all of them came to save in the same step."
@@ -249,9 +265,15 @@ class PowerGossipStrategy(BaseStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        own_file = self._own_file(checkpoint_path)
-        if not self.average_model and get_filesystem(own_file).exists(own_file):
-            checkpoint_path = own_file
+        if not self.average_model and self.global_rank > 0:
+            own_file = self._own_file(checkpoint_path)
+            if get_filesystem(own_file).exists(own_file):
+                checkpoint_path = own_file
+            else:
+                warnings.warn(
+                    f"Rank {self.global_rank} has no {own_file}, and loads the model of {checkpoint_path}.",
+                    stacklevel=2,
+                )
         return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
@@ -266,13 +288,16 @@ class PowerGossipStrategy(BaseStrategy):
         for exchange in self.exchanges:
             exchange.finish()
         if self.average_model:
-            self._adopt_average()
+            self._adopt_average(self._differing_tensors())
 
     @override
     def teardown(self) -> None:
-        super().teardown()
-        for exchange in self.exchanges:
-            exchange.retire()
+        try:
+            super().teardown()
+        finally:
+            self._own_model = None
+            for exchange in self.exchanges:
+                exchange.retire()
 
     def _exchange_of(self, optimizer: Optimizer) -> GossipExchange:
         """Give the exchange of an optimizer's parameters; a new one if others were frozen, unfrozen or added."""
@@ -288,7 +313,7 @@ class PowerGossipStrategy(BaseStrategy):
                 require_agreement({"the parameters that are trainable": ", ".join(trainable)})
             new = GossipExchange(named, self._topology, self.config, among)
             if exchange is not None:
-                for count in ("step_count", "total_sent_bytes", "total_link_bytes"):
+                for count in ("step_count", "total_sent_bytes", "total_link_bytes", "messages"):
                     setattr(new, count, getattr(exchange, count))
             self._exchanges[id(optimizer)] = exchange = new
         return exchange
@@ -301,11 +326,16 @@ class PowerGossipStrategy(BaseStrategy):
 
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, tensor in self._model_tensors().items():
-            tensor.copy_(values[name])
+            # A buffer may have been replaced by a longer one since.
+            if name in values and values[name].shape == tensor.shape:
+                tensor.copy_(values[name])
 
-    def _adopt_average(self) -> None:
-        """Make the average of all ranks' models this rank's own."""
-        tensors = self._model_tensors()
+    def _differing_tensors(self) -> dict[str, Tensor]:
+        """Give what there is to average: frozen parameters, for one, are the same on all ranks."""
+        return differing(in_common(self._model_tensors()), self.root_device)
+
+    def _adopt_average(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the average over all ranks this rank's own."""
         for name, mean in mean_over_ranks(tensors, self.root_device):
             tensors[name].copy_(mean)
 
@@ -321,7 +351,8 @@ class PowerGossipStrategy(BaseStrategy):
             in_common({name: state[key] for name, (state, key) in tensors.items()}), self.root_device
         ):
             state, key = tensors[name]
-            state[key] = mean
+            if self.is_global_zero:  # which alone writes
+                state[key] = mean.cpu()
 
     def _own_file(self, filepath: _PATH) -> str:
         # The rank comes first, or Lightning would take `last.rank1.ckpt` for the last checkpoint of all, and read the
@@ -339,4 +370,4 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shown(topology: str | Sequence[Sequence[int]] | nx.Graph) -> str:
-    return repr(sorted(topology.edges)) if isinstance(topology, nx.Graph) else repr(topology)
+    return repr(sorted(topology.edges, key=str)) if isinstance(topology, nx.Graph) else repr(topology)
