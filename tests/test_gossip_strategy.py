@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_powersgd import GossipMonitor, PowerGossipStrategy, consensus_distance
+from lightning_powersgd.agreement import differing
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
@@ -620,10 +622,18 @@ def test_a_checkpoint_on_an_exception_holds_nobody_up(fit, tmp_path, everywhere)
     assert any("with rank 0's own model" in message for message in results[0][1]) != everywhere
 
 
-def _fail_and_save(root: str, everywhere: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """Fail on both ranks after three steps; save on both, or on rank 0 alone."""
+def test_ranks_with_different_numbers_of_neighbours_meet_for_a_checkpoint_on_an_exception(ranks, tmp_path):
+    results = ranks[3].run(_fail_and_save, str(tmp_path), True, [[0, 1], [1, 2]])
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert deviation(saved["state_dict"], mean_of([left for left, _ in results])) < ROUNDING
+    assert not any("with rank 0's own model" in message for message in results[0][1])
+
+
+def _fail_and_save(root: str, everywhere: bool, topology: Any = "ring") -> tuple[dict[str, Tensor], list[str]]:
+    """Fail on all ranks after three steps; save on all, or on rank 0 alone."""
     saver, model = OnExceptionCheckpoint(root), Classifier()
-    run = trainer("powergossip", root=root, alike=False, callbacks=[Fail(), saver], enable_checkpointing=True)
+    strategy = PowerGossipStrategy(topology)
+    run = trainer(strategy, root=root, alike=False, callbacks=[Fail(), saver], enable_checkpointing=True)
     with (
         mock.patch.object(saver, "on_exception") if not everywhere and dist.get_rank() else contextlib.nullcontext(),
         mock.patch("lightning_powersgd.base_strategy.PATIENCE", timedelta(seconds=120 if everywhere else 0.1)),
@@ -809,3 +819,41 @@ def _bad_fit(root: str, case: str) -> None:
     with version:
         options = {"max_steps": 1, "use_distributed_sampler": False}
         trainer(PowerGossipStrategy(**arguments), root=root, alike=False, **options).fit(model, data)
+
+
+def test_files_of_different_steps_are_refused(two_ranks, tmp_path):
+    two_ranks.run(_save_own, str(tmp_path), 2, "early")
+    two_ranks.run(_save_own, str(tmp_path), 4, "late")
+    (tmp_path / "rank1-early.ckpt").replace(tmp_path / "rank1-late.ckpt")
+    for text in two_ranks.run_to_errors(_resume_from, str(tmp_path), "late"):
+        assert "The ranks disagree on the step to begin with" in text
+
+
+def test_a_rank_without_a_file_of_its_own_says_so(two_ranks, tmp_path):
+    two_ranks.run(_save_own, str(tmp_path), 2, "own")
+    (tmp_path / "rank1-own.ckpt").unlink()
+    assert two_ranks.run(_resume_from, str(tmp_path), "own") == [0, 1]
+
+
+def _save_own(root: str, steps: int, name: str) -> None:
+    run = trainer(PowerGossipStrategy(average_model=False), root=root, alike=False, max_steps=steps, max_epochs=-1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(f"{root}/{name}.ckpt")
+
+
+def _resume_from(root: str, name: str) -> int:
+    run = trainer(PowerGossipStrategy(average_model=False), root=root, alike=False, max_steps=5, max_epochs=-1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(Classifier(), loader(), ckpt_path=f"{root}/{name}.ckpt")
+    return sum("loads the model of" in str(warning.message) for warning in caught)
+
+
+def test_what_is_equal_on_all_ranks_is_not_averaged(ranks):
+    assert ranks[3].run(_differing) == [["gradient"]] * 3
+
+
+def _differing() -> list[str]:
+    values = {"frozen": torch.full((5,), 0.1), "gradient": torch.full((5,), 0.1 + dist.get_rank() / 7)}
+    assert not differing({}, torch.device("cpu"))
+    return list(differing(values, torch.device("cpu")))
