@@ -822,20 +822,20 @@ def _bad_fit(root: str, case: str) -> None:
 
 
 def test_files_of_different_steps_are_refused(two_ranks, tmp_path):
-    two_ranks.run(_save_own, str(tmp_path), 2, "early")
-    two_ranks.run(_save_own, str(tmp_path), 4, "late")
+    two_ranks.run(_save_after, str(tmp_path), 2, "early")
+    two_ranks.run(_save_after, str(tmp_path), 4, "late")
     (tmp_path / "rank1-early.ckpt").replace(tmp_path / "rank1-late.ckpt")
     for text in two_ranks.run_to_errors(_resume_from, str(tmp_path), "late"):
         assert "The ranks disagree on the step to begin with" in text
 
 
 def test_a_rank_without_a_file_of_its_own_says_so(two_ranks, tmp_path):
-    two_ranks.run(_save_own, str(tmp_path), 2, "own")
+    two_ranks.run(_save_after, str(tmp_path), 2, "own")
     (tmp_path / "rank1-own.ckpt").unlink()
     assert two_ranks.run(_resume_from, str(tmp_path), "own") == [0, 1]
 
 
-def _save_own(root: str, steps: int, name: str) -> None:
+def _save_after(root: str, steps: int, name: str) -> None:
     run = trainer(PowerGossipStrategy(average_model=False), root=root, alike=False, max_steps=steps, max_epochs=-1)
     run.fit(Classifier(), loader())
     run.save_checkpoint(f"{root}/{name}.ckpt")
