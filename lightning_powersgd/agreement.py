@@ -75,10 +75,14 @@ def replicas_agree(tensors: Mapping[str, Tensor], process_group: dist.ProcessGro
     """
     if not tensors:
         return True
-    own = checksum(tensors)
-    largest = torch.stack((own, -own))
+    return bool(_equal_on_all_ranks(checksum(tensors), process_group))
+
+
+def _equal_on_all_ranks(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    """Say of each integer whether all ranks have the same, a tensor of bools alike, in one collective."""
+    largest = torch.stack((values, -values))
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
-    return bool(largest[0] == -largest[1])
+    return largest[0] == -largest[1]
 
 
 def repair_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> dict[str, float]:
@@ -202,9 +206,7 @@ def differing(
     if not tensors:
         return {}
     sums = torch.stack([checksum({"": tensor}).to(device) for tensor in tensors.values()])
-    largest = torch.stack((sums, -sums))
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
-    equal = (largest[0] == -largest[1]).tolist()
+    equal = _equal_on_all_ranks(sums, process_group).tolist()
     return {name: tensor for (name, tensor), same in zip(tensors.items(), equal, strict=True) if not same}
 
 

@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,17 +33,26 @@ class BaseStrategy(DDPStrategy):
     """A strategy with several ranks that have a state of their own beside the optimizers'.
 
     Args:
-        monitor: logs the metrics; ``None`` if none are to be logged.
+        monitor: makes what logs the metrics.
+        log_metrics: whether to log them.
+        prog_bar: show the compression ratio in the progress bar.
         **ddp_kwargs: of `DDPStrategy`.
+
+    Raises:
+        ValueError: for a progress bar without metrics.
     """
 
     # The name that users give to the trainer, and what may be added to it, with the arguments that this sets.
     registered_name: ClassVar[str]
     name_endings: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
 
-    def __init__(self, monitor: Monitor | None, **ddp_kwargs: Any) -> None:
+    def __init__(
+        self, monitor: Callable[[bool], Monitor], log_metrics: bool, prog_bar: bool, **ddp_kwargs: Any
+    ) -> None:
+        if prog_bar and not log_metrics:
+            raise ValueError("`prog_bar=True` needs `log_metrics=True`. Set both, or leave the progress bar alone.")
         super().__init__(**ddp_kwargs)
-        self._monitor = monitor
+        self._monitor = monitor(prog_bar) if log_metrics else None
         self._saved_alone = False
 
     @classmethod

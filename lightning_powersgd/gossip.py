@@ -147,10 +147,11 @@ class GossipExchange:
                 f" Make it for {self.world_size}."
             )
         named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
-        self._among = {id(parameter) for parameter in (dict(named).values() if among is None else among)}
+        by_name = dict(named)
+        self._among = {id(parameter) for parameter in (by_name.values() if among is None else among)}
         taking_part = {name for name, parameter in named if id(parameter) in self._among}
         self.slots = [slot for slot in config.plan(named).slots if slot.name in taking_part]
-        self.parameters = {slot.name: dict(named)[slot.name] for slot in self.slots}
+        self.parameters = {slot.name: by_name[slot.name] for slot in self.slots}
         self.device = common_device(self.parameters)
         rank = dist.get_rank(process_group)
         self._rounds = [_Links(self, rank, weights) for weights in topology.neighbors(rank)]

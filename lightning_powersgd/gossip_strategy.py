@@ -106,10 +106,10 @@ class PowerGossipStrategy(BaseStrategy):
         self.config = PowerGossipConfig(rank, iterations, min_compression_ratio, overlap, seed)
         if not isinstance(average_model, bool):
             raise TypeError(f"`average_model={average_model!r}` is not a bool. Use True or False.")
-        if prog_bar and not log_metrics:
-            raise ValueError("`prog_bar=True` needs `log_metrics=True`. Set both, or leave the progress bar alone.")
         super().__init__(
-            monitor=GossipMonitor(prog_bar=prog_bar) if log_metrics else None,
+            monitor=GossipMonitor,
+            log_metrics=log_metrics,
+            prog_bar=prog_bar,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,

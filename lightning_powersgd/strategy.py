@@ -157,8 +157,6 @@ class PowerSGDStrategy(BaseStrategy):
             comm_dtype=floating_dtype("comm_dtype", comm_dtype),
             seed=seed,
         )
-        if prog_bar and not log_metrics:
-            raise ValueError("`prog_bar=True` needs `log_metrics=True`. Set both, or leave the progress bar alone.")
         require_int("check_replicas_every", check_replicas_every, minimum=0, remedy="Use 0 to never compare them.")
         if bucket_cap_mb is not None:
             if not bucket_cap_mb > 0:
@@ -167,7 +165,9 @@ class PowerSGDStrategy(BaseStrategy):
                 )
             ddp_kwargs["bucket_cap_mb"] = bucket_cap_mb
         super().__init__(
-            monitor=CompressionMonitor(prog_bar=prog_bar) if log_metrics else None,
+            monitor=CompressionMonitor,
+            log_metrics=log_metrics,
+            prog_bar=prog_bar,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
