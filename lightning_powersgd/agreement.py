@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -254,14 +255,44 @@ def _came(store: Store, ranks: list[str], patience: timedelta) -> bool:
     return all(store.compare_set(rank, "here", "counted") == b"counted" for rank in ranks)
 
 
-def position_of(step: int, process_group: dist.ProcessGroup | None = None, messages: int = 0) -> str:
+# By group, what its sequence number has counted that is no collective. Never set back: a group outlives a fit.
+_messages: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
+def position_of(step: int, process_group: dist.ProcessGroup | None = None) -> str:
     """Name a point of a run: the step, and how many collectives came before. No two points have the same name.
 
     Args:
         step: synchronised ones so far.
         process_group: the ranks; ``None`` is the default group.
-        messages: what the group counted that is no collective, and differs from rank to rank.
     """
+    group = _group(process_group)
+    return f"{step}/{_sequence_number(group) - _messages.get(group, 0)}"
+
+
+@contextlib.contextmanager
+def messages_between_ranks(process_group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Keep `position_of` the same on all ranks though some send more messages to each other than others.
+
+    With gloo each raises the sequence number of the group, at the ranks that it concerns alone.
+
+    Args:
+        process_group: the ranks; ``None`` is the default group.
+    """
+    group = _group(process_group)
+    before = _sequence_number(group)
+    try:
+        yield
+    finally:
+        _messages[group] = _messages.get(group, 0) + _sequence_number(group) - before
+
+
+def _group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group = process_group or dist.group.WORLD
     assert group is not None
-    return f"{step}/{group._get_sequence_number_for_group() - messages}"  # type: ignore[attr-defined]
+    return group
+
+
+def _sequence_number(group: dist.ProcessGroup) -> int:
+    number: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return number

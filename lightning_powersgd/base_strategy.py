@@ -111,11 +111,6 @@ class BaseStrategy(DDPStrategy):
         return None
 
     @property
-    def messages(self) -> int:
-        """What the group counted that is no collective (see `position_of`)."""
-        return 0
-
-    @property
     def steps(self) -> int | None:
         """The steps so far; ``None`` in the middle of one, where ranks may be stuck."""
         raise NotImplementedError
@@ -179,7 +174,7 @@ class BaseStrategy(DDPStrategy):
             return True
         if self.steps is None:
             return False
-        position = position_of(self.steps, self.process_group, self.messages)
+        position = position_of(self.steps, self.process_group)
         return all_ranks_come(position, PATIENCE, self.process_group)
 
 

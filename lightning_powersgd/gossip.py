@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_powersgd.agreement import messages_between_ranks
 from lightning_powersgd.linalg import (
     as_matrix,
     normalize_rows,
@@ -123,8 +124,6 @@ class GossipExchange:
         total_sent_bytes: ``sent_bytes``, added up over all steps.
         total_link_bytes: ``link_bytes``, likewise.
         exchanging: whether a step is under way.
-        messages: by how much the exchange raised the sequence number of the group. With gloo that depends on the number
-            of neighbours.
 
     Raises:
         ValueError: if the topology has another number of ranks than the group, a pattern of the rank matches nothing,
@@ -160,7 +159,6 @@ class GossipExchange:
         self.dense_bytes = self.sent_bytes = self.link_bytes = 0
         self.total_sent_bytes = self.total_link_bytes = 0
         self.exchanging = False
-        self.messages = 0
 
     def is_among(self, parameters: Iterable[Tensor]) -> bool:
         """Whether the exchange was made among these parameters, in any order."""
@@ -238,11 +236,9 @@ class _Links:
                     if box[row].numel():
                         operations.append(dist.P2POp(send_or_receive, box[row], end, group))
             self._exchange.total_sent_bytes += mailbox.outgoing.nbytes
-        before = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
-        with self._explained():
+        with self._explained(), messages_between_ranks(group):
             # All at once, so that no order of the neighbours can leave ranks waiting for each other in a circle.
             self._works = dist.batch_isend_irecv(operations) if operations else []
-        self._exchange.messages += group._get_sequence_number_for_group() - before  # type: ignore[attr-defined]
 
     def finish(self) -> None:
         """Receive the neighbours' products, move the model, and keep the difference as the next factor."""

@@ -138,11 +138,6 @@ class PowerGossipStrategy(BaseStrategy):
 
     @property
     @override
-    def messages(self) -> int:
-        return sum(exchange.messages for exchange in self.exchanges)
-
-    @property
-    @override
     def steps(self) -> int | None:
         if any(exchange.exchanging for exchange in self.exchanges):
             return None
@@ -313,7 +308,7 @@ class PowerGossipStrategy(BaseStrategy):
                 require_agreement({"the parameters that are trainable": ", ".join(trainable)})
             new = GossipExchange(named, self._topology, self.config, among)
             if exchange is not None:
-                for count in ("step_count", "total_sent_bytes", "total_link_bytes", "messages"):
+                for count in ("step_count", "total_sent_bytes", "total_link_bytes"):
                     setattr(new, count, getattr(exchange, count))
             self._exchanges[id(optimizer)] = exchange = new
         return exchange

@@ -623,10 +623,12 @@ def test_a_checkpoint_on_an_exception_holds_nobody_up(fit, tmp_path, everywhere)
 
 
 def test_ranks_with_different_numbers_of_neighbours_meet_for_a_checkpoint_on_an_exception(ranks, tmp_path):
-    results = ranks[3].run(_fail_and_save, str(tmp_path), True, [[0, 1], [1, 2]])
-    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
-    assert deviation(saved["state_dict"], mean_of([left for left, _ in results])) < ROUNDING
-    assert not any("with rank 0's own model" in message for message in results[0][1])
+    # Twice, since the group remembers what the ranks have sent to each other in an earlier fit.
+    for attempt in ("first", "second"):
+        results = ranks[3].run(_fail_and_save, str(tmp_path / attempt), True, [[0, 1], [1, 2]])
+        saved = torch.load(tmp_path / attempt / "on_exception.ckpt", weights_only=True)
+        assert deviation(saved["state_dict"], mean_of([left for left, _ in results])) < ROUNDING
+        assert not any("with rank 0's own model" in message for message in results[0][1])
 
 
 def _fail_and_save(root: str, everywhere: bool, topology: Any = "ring") -> tuple[dict[str, Tensor], list[str]]:
