@@ -32,10 +32,10 @@ from lightning_powersgd.agreement import messages_between_ranks
 from lightning_powersgd.linalg import (
     as_matrix,
     normalize_rows,
-    orthonormal,
     project,
     random_factor,
     subtract_product,
+    unique_basis,
 )
 from lightning_powersgd.plan import SIDES, Plan, PowerSGDConfig, Side, Slot, make_plan, parameter_name, require_int
 from lightning_powersgd.state import common_device, other_side
@@ -43,6 +43,10 @@ from lightning_powersgd.topology import Topology
 
 # How long a rank whose fit has failed waits for what neighbours may still send.
 _PATIENCE = timedelta(seconds=10)
+
+# Size of the random trace that completes a basis where a difference has fewer directions than the rank, beside factors
+# whose largest entry is 1. Rounding in float64 is then to it what rounding in float32 is to 1.
+_TRACE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -286,12 +290,15 @@ class _Mailbox:
         signs = [1.0 if rank < peer else -1.0 for peer in weights]
         self._signs = torch.tensor(signs, dtype=dtype, device=device).view(degree, 1, 1)
         self._factors: dict[str, dict[Side, Tensor]] = {}
+        self._traces: dict[str, dict[Side, Tensor]] = {}
         for slot in self._compressed:
-            self._factors[slot.name] = {}
+            self._factors[slot.name], self._traces[slot.name] = {}, {}
             for side in SIDES:
                 draws = [f"{config.seed}/{min(rank, peer)}-{max(rank, peer)}/{slot.name}/{side}" for peer in weights]
                 factors = [random_factor(draw, slot.rank, slot.length(side)) for draw in draws]
                 self._factors[slot.name][side] = torch.stack(factors).to(device, dtype)
+                trace = random_factor(f"{config.seed}/{slot.name}/{side}", slot.rank, slot.length(side))
+                self._traces[slot.name][side] = (_TRACE * trace).to(device)
         self._bases: dict[str, Tensor] = {}
         self._start = sum(slot.numel for slot in self._whole)
         self._lengths = {side: sum(slot.rank * slot.length(side) for slot in self._compressed) for side in SIDES}
@@ -311,9 +318,8 @@ class _Mailbox:
             self._outbox[:, : self._start] = flat
         for slot, place in self._places(self._outbox, side):
             # One after the other: in a stack, BLAS rounds by the place there, which is another at the link's other end.
-            # Where a difference has a rank below r, rounding alone chooses what completes a basis.
-            factors = self._factors[slot.name][other_side(side)]
-            basis = torch.stack([orthonormal(factor, slot.dtype) for factor in factors])
+            factors, trace = (of[slot.name][other_side(side)] for of in (self._factors, self._traces))
+            basis = torch.stack([unique_basis(factor, trace, slot.dtype) for factor in factors])
             self._bases[slot.name] = basis
             product = torch.empty(place.shape[0] * slot.rank, slot.length(side), dtype=slot.dtype, device=basis.device)
             matrix = self._matrix(slot)

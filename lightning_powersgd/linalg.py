@@ -101,6 +101,29 @@ def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return basis.to(dtype).contiguous()
 
 
+def unique_basis(factor: Tensor, trace: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthonormalise a factor to the same basis on unlike processors, but for the last bits.
+
+    Computed in float64. Of the signs that a basis may have, it has those of Gram and Schmidt's. Where the factor's rows
+    are dependent, the trace chooses what completes the basis, where `orthonormal` leaves that to rounding.
+
+    Args:
+        factor: (r, k) with r ≤ k.
+        trace: (r, k), random, and small beside the factor; the same wherever the basis is to be the same.
+        dtype: of the result.
+
+    Returns:
+        (r, k), contiguous.
+    """
+    wide = factor.double() + trace
+    if len(wide) == 1:
+        basis: Tensor = wide / torch.linalg.vector_norm(wide)
+    else:
+        columns, triangle = torch.linalg.qr(wide.mT, mode="reduced")
+        basis = (columns * triangle.diagonal().sign()).mT
+    return basis.to(dtype, memory_format=torch.contiguous_format)
+
+
 def normalize_rows(factor: Tensor, fallback: Tensor) -> Tensor:
     """Scale each row of a warm-start factor to a largest entry of 1; a row of zeros gives way to the fallback's.
 

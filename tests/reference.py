@@ -79,10 +79,16 @@ class GossipReference:
     Args:
         first_factor: gives the first Q, (m, r), of the link between ranks i < j. ``None``: whole matrices travel.
         rounds: the mixing matrices A of successive steps, each (W, W).
+        traces: what is added to a Q and a P, whose columns have a largest entry of 1, before it becomes a basis.
     """
 
-    def __init__(self, first_factor: Callable[[int, int], Tensor] | None, rounds: list[Tensor]) -> None:
-        self.rounds = rounds
+    def __init__(
+        self,
+        first_factor: Callable[[int, int], Tensor] | None,
+        rounds: list[Tensor],
+        traces: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.rounds, self.traces = rounds, traces
         self.links = [
             [(i, j) for i in range(len(A)) for j in range(i + 1, len(A)) if A[i, j] > 0]  # i < j
             for A in rounds
@@ -106,14 +112,14 @@ class GossipReference:
                 D_hat = D
             elif self.uses[number] % 2 == 0:
                 # Q̂ = orth(Q),  P = (X_i − X_j) Q̂,  D̂ = P Q̂ᵀ
-                Q_hat = orth(self.Q[i, j])
-                self.P[i, j] = D @ Q_hat
-                D_hat = self.P[i, j] @ Q_hat.T
+                Q_hat = orth(self.Q[i, j] + self.traces[0])
+                P = D @ Q_hat
+                D_hat, self.P[i, j] = P @ Q_hat.T, P / P.abs().amax(dim=0)
             else:
                 # The mirror image.
-                P_hat = orth(self.P[i, j])
-                self.Q[i, j] = D.T @ P_hat
-                D_hat = P_hat @ self.Q[i, j].T
+                P_hat = orth(self.P[i, j] + self.traces[1])
+                Q = D.T @ P_hat
+                D_hat, self.Q[i, j] = P_hat @ Q.T, Q / Q.abs().amax(dim=0)
             # X_i ← X_i − a D̂,  X_j ← X_j + a D̂
             add[i] = add[i] - A[i, j] * D_hat
             add[j] = add[j] + A[i, j] * D_hat

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import networkx as nx
 import pytest
@@ -146,7 +148,11 @@ def simulate(
         def first_factor(i: int, j: int, slot: Any = slot) -> Tensor:
             return random_factor(f"{settings.seed}/{i}-{j}/{slot.name}/right", slot.rank, slot.columns).T
 
-        reference = GossipReference(first_factor if slot.rank else None, rounds)
+        def trace(side: Any, slot: Any = slot) -> Tensor:
+            return 1e-9 * random_factor(f"{settings.seed}/{slot.name}/{side}", slot.rank, slot.length(side)).T
+
+        traces = (trace("right"), trace("left")) if slot.rank else None
+        reference = GossipReference(first_factor if slot.rank else None, rounds, traces)
         values = [draw(name, kind.shape, rank) for rank in range(world_size)]
         add = [torch.zeros_like(x) for x in values]
         for step in range(steps):
@@ -263,6 +269,35 @@ def _gossip_a_line() -> Run:
     return gossip("star", steps=12, dtype=torch.float32, kinds=kinds, size=0, values=line, rank=3)
 
 
+@pytest.mark.parametrize("difference", ["one row", "two rows", "a line", "full"])
+def test_ends_with_unlike_processors_find_the_same_basis(two_ranks, difference):
+    """One end rounds otherwise, and its library gives a basis other signs."""
+    runs = two_ranks.run(_gossip_on_another_processor, difference)
+    first, last = sum(run.before[0]["weight"] for run in runs), sum(run.after[-1]["weight"] for run in runs)
+    assert (last - first).norm() < 1e-5 * first.norm()
+    apart = distances(runs)
+    assert all(after < before + 1e-4 for before, after in itertools.pairwise(apart))
+    assert apart[-1] < 0.01 * apart[0]
+
+
+def _gossip_on_another_processor(difference: str) -> Run:
+    def values(rank: int, name: str) -> Tensor:
+        own = draw(name, ONE[name].shape, rank)
+        kept = {"one row": own[3:4], "two rows": own[3:5], "a line": own[:, :1] @ own[:1], "full": own}[difference]
+        return draw(name, ONE[name].shape, 7) + torch.cat((kept, torch.zeros_like(own)))[: len(own)]
+
+    original = torch.linalg.qr
+
+    def qr(matrix: Tensor, mode: str) -> Any:
+        noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+        basis, triangle = original(matrix * (1 + torch.finfo(matrix.dtype).eps * noise), mode=mode)
+        signs = torch.tensor([-1.0, 1.0, -1.0], dtype=matrix.dtype)[: matrix.shape[1]]
+        return torch.return_types.linalg_qr((basis * signs, triangle * signs[:, None]))
+
+    with mock.patch.object(torch.linalg, "qr", qr) if dist.get_rank() else contextlib.nullcontext():
+        return gossip(steps=30, dtype=torch.float32, kinds=ONE, size=0, values=values, rank=3)
+
+
 def check_ends(runs: list[Run]) -> None:
     """Check that both ends of every link remember the same factors, bit for bit."""
     links = [link for rank, run in enumerate(runs) for link in run.factors if link[0] == rank]
@@ -348,8 +383,9 @@ def test_differences_of_the_factors_rank_agree_as_fast_as_whole_models(eight_ran
     apart = distances(eight_ranks.run(_gossip_multiples, topology))
     gap = make_topology(topology, 8).spectral_gap
     if gap == 1:
-        # The second step has the differences' columns, all of them.
-        assert apart[2] < 1e-12 * apart[0]
+        # The second step has the differences' columns, all of them but for the trace that is added to these.
+        assert apart[2] < 1e-8 * apart[0]
+        assert apart[4] < 1e-12 * apart[0]
     else:
         # Full differences come to a sixth of that.
         assert slope(apart[4:]) < 0.9 * math.log(1 - gap)

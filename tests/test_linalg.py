@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import orth
 from torch import Tensor, nn
 
 from lightning_powersgd import native
@@ -15,6 +16,7 @@ from lightning_powersgd.linalg import (
     orthonormal,
     permute_columns,
     project,
+    unique_basis,
 )
 
 
@@ -96,6 +98,25 @@ def test_orthonormal_rows_of_awkward_input(case, dtype):
     assert basis.is_contiguous()
     tolerance = {torch.float16: 5e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-5)
     assert (basis.double() @ basis.double().T - torch.eye(3)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("case", ["full", "zero", "equal rows", "one entry"])
+def test_a_basis_is_the_same_whatever_the_rounding(case, rank):
+    factor = {
+        "full": randn(rank, 10),
+        "zero": torch.zeros(rank, 10),
+        "equal rows": randn(1, 10).expand(rank, 10),
+        "one entry": torch.eye(10)[4].expand(rank, 10),
+    }[case]
+    trace = 1e-9 * randn(rank, 10)
+    basis = unique_basis(factor, trace, torch.float32)
+    assert basis.dtype == torch.float32
+    assert basis.is_contiguous()
+    assert (basis @ basis.T - torch.eye(rank)).abs().max() < 1e-6
+    assert (basis - orth((factor.double() + trace).T).T).abs().max() < 1e-6
+    rounded = (factor.double() + trace) * (1 + 1e-16 * randn(10, rank, dtype=torch.float64).T)
+    assert (basis - orth(rounded.T).T).abs().max() < 1e-6
 
 
 def test_rows_are_scaled_and_rows_of_zeros_give_way():
