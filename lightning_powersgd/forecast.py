@@ -248,8 +248,8 @@ def forecast_exchange(
 
     Raises:
         TypeError: if ``world_size`` is not an integer.
-        ValueError: if there is nothing to exchange, shapes are not known yet, an argument is out of range, or a pattern
-            of ``config.rank`` matches no parameter.
+        ValueError: if there is nothing to exchange, shapes are not known yet, an argument is out of range, a pattern of
+            ``config.rank`` matches no parameter, or the device has too little memory left to measure on it.
     """
     config = PowerSGDConfig() if config is None else config
     require_int("world_size", world_size, minimum=2, remedy="A single rank has nobody to exchange gradients with.")
@@ -267,7 +267,13 @@ def forecast_exchange(
     measured_on = None
     if compress_seconds is None:
         device = _measuring_device(device)
-        compress_seconds = measure_compression(plan, config, device)
+        try:
+            compress_seconds = measure_compression(plan, config, device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise ValueError(
+                f"`device='{device}'`: its memory is too full to measure on it. Free 2 GiB, or use 'cpu', or give"
+                " `compress_seconds`."
+            ) from error
         measured_on = _describe(device)
     return Forecast(
         config=config,

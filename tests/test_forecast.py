@@ -259,6 +259,16 @@ def test_numbers_are_readable():
     assert [format_rate(value) for value in (1e9, 999.9e6, 1.5e13)] == ["1 Gbit/s", "1 Gbit/s", "15 Tbit/s"]
 
 
+def test_a_gpu_that_is_full_is_named(monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(forecast, "measure_compression", full)
+    with pytest.raises(ValueError, match=r"`device='cuda'`: its memory is too full .* give `compress_seconds`"):
+        forecast_exchange(nn.Linear(100, 100))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
