@@ -45,6 +45,21 @@ def test_the_last_bit_of_any_tensor_changes_the_checksum(name):
     assert checksum(changed) != checksum(TENSORS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [5, 48, 5000])
+def test_differences_that_cancel_out_change_the_checksum(count, dtype):
+    """Rounding leaves a last bit up here and a last bit down there."""
+    bits = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+    generator = torch.Generator().manual_seed(count)
+    whole = torch.randn(count, generator=generator).to(dtype)
+    for _ in range(200):
+        up, down = torch.randperm(count, generator=generator)[:2].tolist()
+        changed = whole.clone()
+        changed.view(bits)[up] += 1
+        changed.view(bits)[down] -= 1
+        assert checksum({"a": changed}) != checksum({"a": whole}), (up, down)
+
+
 def test_tensors_that_changed_places_change_the_checksum():
     a, b = torch.zeros(3), torch.ones(3)
     assert checksum({"a": a, "b": b}) != checksum({"a": b, "b": a})
