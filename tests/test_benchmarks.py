@@ -132,7 +132,14 @@ def test_ratios_are_paired_by_round():
 def test_numbers_are_readable():
     from common import format_bytes, format_number
 
-    assert [format_number(value) for value in (0.1234, 9.999, 99.96, -1234.5)] == ["0.12", "10.0", "100", "-1,234"]
+    assert [format_number(value) for value in (0, 0.5, 0.9999, 9.999, 99.96, -1234.5)] == [
+        "0",
+        "0.50",
+        "1.00",
+        "10.0",
+        "100",
+        "-1,234",
+    ]
     assert [format_bytes(value) for value in (0, 1500, 75_700_000, 2e9)] == ["0 B", "1.5 kB", "75.7 MB", "2 GB"]
 
 

@@ -262,8 +262,8 @@ def progress_bar() -> Progress:
 
 def format_number(value: float) -> str:
     """Write a number with two or three digits that matter, and with all of those before its point."""
-    if abs(value) < 1:
-        return f"{value:.2g}"
+    if abs(value) < 0.995:
+        return f"{value:#.2g}" if value else "0"
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 

@@ -112,16 +112,16 @@ def to_json(measured: Measurement, world_size: int) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Measurement], arguments: argparse.Namespace) -> Figure:
-    """Draw the time of a step over the rank, one panel a link."""
-    figure = Figure(figsize=(1.6 + 4.4 * len(results), 4.8), layout="constrained")
+    """Draw the time of a step over the rank, one panel a link, two beside each other."""
+    columns, rows = min(len(results), 2), (len(results) + 1) // 2
+    figure = Figure(figsize=(4.4 * columns, 1.2 + 3.6 * rows), layout="constrained")
     figure.suptitle(f"A training step of {NETWORKS[arguments.model].name} on {arguments.world_size} ranks")
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    panels = [figure.add_subplot(rows, columns, number) for number in range(1, len(results) + 1)]
     for axes, (link, measured) in zip(panels, results.items(), strict=True):
         _draw_link(axes, measured)
-        axes.set(title=link, xlabel="rank")
-    panels[0].set_ylabel("step (× no exchange)")
+        axes.set(title=link, xlabel="rank", ylabel="step (× no exchange)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 if columns > 1 else 2, frameon=False)
     return figure
 
 
