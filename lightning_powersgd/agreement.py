@@ -47,8 +47,8 @@ def _of_all_ranks(mine: Mapping[str, T], process_group: dist.ProcessGroup | None
     return everyone
 
 
-# Words in a row of what a checksum adds up by rows and by columns.
-_COLUMNS = 256
+# Words in a row of what a checksum adds up by rows and by columns: a prime, so that a matrix's rows lie askew in it.
+_COLUMNS = 257
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -56,7 +56,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
 
     Each word of 64 bits counts by its place. Otherwise a last bit up here and a last bit down there would cancel out,
     and rounding leaves such differences. The weight of a place is that of its row plus that of its column: so rows and
-    columns can be added up first, which takes hardly any memory.
+    columns can be added up first, which takes hardly any memory. It is odd, so that no difference of a single word is
+    lost in an overflow.
 
     Args:
         tensors: by name, all on one device; the order counts.
@@ -72,17 +73,17 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
         grid = 8 * _COLUMNS * (len(octets) // (8 * _COLUMNS))
         words = octets[:grid].view(torch.int64).view(-1, _COLUMNS)
         rest = torch.nn.functional.pad(octets[grid:], (0, -len(octets) % 8)).view(torch.int64)
-        parts += [words.sum(dim=0), words.sum(dim=1), rest]
+        parts += [words.sum(dim=0), 2 * words.sum(dim=1), rest]
     sums = torch.cat(parts)
     return (sums * _weights(len(sums), sums.device)).sum()
 
 
 def _weights(count: int, device: torch.device) -> Tensor:
-    """Give integers that look random, the same on every machine (SplitMix64's, Steele et al., 2014, with signs)."""
+    """Give odd integers that look random, the same everywhere (SplitMix64's, Steele et al., 2014, with signs)."""
     x = torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB
     x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
-    return x ^ (x >> 31)
+    return (x ^ (x >> 31)) | 1
 
 
 def replicas_agree(tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> bool:
@@ -170,8 +171,10 @@ def consensus_distance(
             of what is summed in the mean (Charikar, Chen and Farach-Colton, 2002).
 
     Returns:
-        A float64 scalar on the tensors' device.
+        A float64 scalar on the tensors' device; 0 if there are none.
     """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
     device = next(iter(tensors.values())).device
     values = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors.values()]
     if not exact:
@@ -230,8 +233,9 @@ def differing(
 
 
 def _distance(a: Tensor, b: Tensor | float = 0.0) -> Tensor:
-    floating = a if a.is_floating_point() else a.double()
-    distance: Tensor = torch.linalg.vector_norm(floating - b, dtype=torch.float64)
+    difference = (a if a.is_floating_point() or a.is_complex() else a.double()) - b
+    parts = torch.view_as_real(difference) if difference.is_complex() else difference
+    distance: Tensor = torch.linalg.vector_norm(parts, dtype=torch.float64)
     return distance
 
 
@@ -246,7 +250,7 @@ def all_ranks_come(position: str, patience: timedelta, process_group: dist.Proce
         patience: how long the first rank waits for the others; these wait twice as long for its answer.
         process_group: the ranks; ``None`` is the default group.
     """
-    store = PrefixStore(f"lightning_powersgd/{position}", _get_default_store())
+    store = PrefixStore(f"lightning_powersgd/{_group(process_group).group_name}/{position}", _get_default_store())
     rank, others = dist.get_rank(process_group), range(1, dist.get_world_size(process_group))
     # The store is gone with the process that held it; whoever asks then is alone.
     with contextlib.suppress(RuntimeError):
@@ -277,15 +281,15 @@ def _came(store: Store, ranks: list[str], patience: timedelta) -> bool:
 _messages: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
-def position_of(step: int, process_group: dist.ProcessGroup | None = None) -> str:
-    """Name a point of a run: the step, and how many collectives came before. No two points have the same name.
+def position_of(moment: str, process_group: dist.ProcessGroup | None = None) -> str:
+    """Name a point of a run: its moment, and how many collectives came before. No two points have the same name.
 
     Args:
-        step: synchronised ones so far.
+        moment: the step, and whatever else decides on the collectives that follow.
         process_group: the ranks; ``None`` is the default group.
     """
     group = _group(process_group)
-    return f"{step}/{_sequence_number(group) - _messages.get(group, 0)}"
+    return f"{moment}/{_sequence_number(group) - _messages.get(group, 0)}"
 
 
 @contextlib.contextmanager

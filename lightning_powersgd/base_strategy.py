@@ -111,8 +111,11 @@ class BaseStrategy(DDPStrategy):
         return None
 
     @property
-    def steps(self) -> int | None:
-        """The steps so far; ``None`` in the middle of one, where ranks may be stuck."""
+    def moment(self) -> str | None:
+        """What a rank has done so far, as far as it decides on the collectives that a checkpoint takes.
+
+        ``None`` in the middle of a step, where ranks may be stuck.
+        """
         raise NotImplementedError
 
     @override
@@ -155,6 +158,7 @@ class BaseStrategy(DDPStrategy):
             "the version of lightning": lightning.__version__,
         }
         fingerprint |= {name: str(value) for name, value in arguments.items()}
+        fingerprint["the argument `log_metrics`"] = repr(self._monitor is not None)
         for name, parameter in self.lightning_module.named_parameters():
             kind = "trainable" if parameter.requires_grad else "frozen"
             fingerprint[f"the parameter {name!r}"] = f"{kind} {tuple(parameter.shape)} {parameter.dtype}"
@@ -172,10 +176,9 @@ class BaseStrategy(DDPStrategy):
         """Whether all ranks save this checkpoint too, between the same two steps."""
         if self.world_size == 1:
             return True
-        if self.steps is None:
+        if self.moment is None or not dist.is_initialized():
             return False
-        position = position_of(self.steps, self.process_group)
-        return all_ranks_come(position, PATIENCE, self.process_group)
+        return all_ranks_come(position_of(self.moment, self.process_group), PATIENCE, self.process_group)
 
 
 @contextlib.contextmanager

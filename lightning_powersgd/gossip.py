@@ -151,7 +151,7 @@ class GossipExchange:
             )
         named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
         by_name = dict(named)
-        self._among = {id(parameter) for parameter in (by_name.values() if among is None else among)}
+        self._among = _fingerprint(by_name.values() if among is None else among)
         taking_part = {name for name, parameter in named if id(parameter) in self._among}
         self.slots = [slot for slot in config.plan(named).slots if slot.name in taking_part]
         self.parameters = {slot.name: by_name[slot.name] for slot in self.slots}
@@ -165,8 +165,17 @@ class GossipExchange:
         self.exchanging = False
 
     def is_among(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether the exchange was made among these parameters, in any order."""
-        return {id(parameter) for parameter in parameters} == self._among
+        """Whether the exchange was made among these parameters, in any order, and they lie in memory as they did."""
+        return _fingerprint(parameters) == self._among
+
+    def go_on_from(self, previous: GossipExchange) -> None:
+        """Take over another exchange's counts, and the factors of the parameters that both have."""
+        previous.finish()
+        for count in ("step_count", "total_sent_bytes", "total_link_bytes"):
+            setattr(self, count, getattr(self, count) + getattr(previous, count))
+        for links, others in zip(self._rounds, previous._rounds, strict=True):
+            links.go_on_from(others)
+        previous.retire()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -222,6 +231,16 @@ class _Links:
             for dtype in dict.fromkeys(slot.dtype for slot in exchange.slots if weights)
         ]
 
+    def go_on_from(self, previous: _Links) -> None:
+        """Take over the factors of other links between the same ranks."""
+        self._side = previous._side
+        factors = {name: both for mailbox in previous._mailboxes for name, both in mailbox.factors.items()}
+        for mailbox in self._mailboxes:
+            for name, both in mailbox.factors.items():
+                for side, factor in both.items():
+                    if name in factors and factors[name][side].shape == factor.shape:
+                        factor.copy_(factors[name][side])
+
     @property
     def degree(self) -> int:
         """The number of neighbours, d."""
@@ -276,7 +295,11 @@ class _Links:
 
 
 class _Mailbox:
-    """What travels over the links at the same time, of parameters of one dtype: [whole | factors of one side]."""
+    """What travels over the links at the same time, of parameters of one dtype: [whole | factors of one side].
+
+    Attributes:
+        factors: by name and side, those that both ends remember, (d, r, n) or (d, r, m).
+    """
 
     def __init__(
         self, slots: list[Slot], dtype: torch.dtype, exchange: GossipExchange, rank: int, weights: Mapping[int, float]
@@ -289,14 +312,14 @@ class _Mailbox:
         # Both ends remember the difference with the sign that it has at the lower rank.
         signs = [1.0 if rank < peer else -1.0 for peer in weights]
         self._signs = torch.tensor(signs, dtype=dtype, device=device).view(degree, 1, 1)
-        self._factors: dict[str, dict[Side, Tensor]] = {}
+        self.factors: dict[str, dict[Side, Tensor]] = {}
         self._traces: dict[str, dict[Side, Tensor]] = {}
         for slot in self._compressed:
-            self._factors[slot.name], self._traces[slot.name] = {}, {}
+            self.factors[slot.name], self._traces[slot.name] = {}, {}
             for side in SIDES:
                 draws = [f"{config.seed}/{min(rank, peer)}-{max(rank, peer)}/{slot.name}/{side}" for peer in weights]
                 factors = [random_factor(draw, slot.rank, slot.length(side)) for draw in draws]
-                self._factors[slot.name][side] = torch.stack(factors).to(device, dtype)
+                self.factors[slot.name][side] = torch.stack(factors).to(device, dtype)
                 trace = random_factor(f"{config.seed}/{slot.name}/{side}", slot.rank, slot.length(side))
                 self._traces[slot.name][side] = (_TRACE * trace).to(device)
         self._bases: dict[str, Tensor] = {}
@@ -318,7 +341,7 @@ class _Mailbox:
             self._outbox[:, : self._start] = flat
         for slot, place in self._places(self._outbox, side):
             # One after the other: in a stack, BLAS rounds by the place there, which is another at the link's other end.
-            factors, trace = (of[slot.name][other_side(side)] for of in (self._factors, self._traces))
+            factors, trace = (of[slot.name][other_side(side)] for of in (self.factors, self._traces))
             basis = torch.stack([unique_basis(factor, trace, slot.dtype) for factor in factors])
             self._bases[slot.name] = basis
             product = torch.empty(place.shape[0] * slot.rank, slot.length(side), dtype=slot.dtype, device=basis.device)
@@ -337,7 +360,7 @@ class _Mailbox:
             for slot, move in zip(self._whole, torch.split(moves, [slot.numel for slot in self._whole]), strict=True):
                 self._parameters[slot.name].sub_(move.view(slot.shape))
         for slot, part in self._places(difference, side):
-            kept = self._factors[slot.name][side]
+            kept = self.factors[slot.name][side]
             kept.copy_(normalize_rows(part * self._signs, fallback=kept))
             product, basis = (part * self._weights.unsqueeze(2)).flatten(0, 1), self._bases.pop(slot.name).flatten(0, 1)
             left, right = (product, basis) if side == "left" else (basis, product)
@@ -353,3 +376,7 @@ class _Mailbox:
 
     def _matrix(self, slot: Slot) -> Tensor:
         return as_matrix(self._parameters[slot.name].detach(), slot.order)
+
+
+def _fingerprint(parameters: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
+    return {id(parameter): parameter.stride() for parameter in parameters}

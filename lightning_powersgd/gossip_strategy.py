@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,9 @@ from lightning_powersgd.gossip import GossipExchange, PowerGossipConfig
 from lightning_powersgd.metrics import GossipMonitor
 from lightning_powersgd.state import require_values
 from lightning_powersgd.topology import Topology, make_topology, require_known
+
+# The model's entries in a checkpoint: with `WeightAveraging` the first is its average over time, the second the model.
+_MODEL_STATES = ("state_dict", "current_model_state")
 
 
 class PowerGossipStrategy(BaseStrategy):
@@ -123,8 +127,10 @@ class PowerGossipStrategy(BaseStrategy):
         self._weights = weights
         self.average_model = average_model
         self._topology: Topology | None = None
-        self._exchanges: dict[int, GossipExchange] = {}
+        self._exchanges: dict[Optimizer, GossipExchange] = {}
+        self._resumed = False
         self._own_model: dict[str, Tensor] | None = None
+        self._average_buffers: dict[str, Tensor] = {}
 
     @property
     def topology(self) -> Topology | None:
@@ -138,30 +144,32 @@ class PowerGossipStrategy(BaseStrategy):
 
     @property
     @override
-    def steps(self) -> int | None:
+    def moment(self) -> str | None:
         if any(exchange.exchanging for exchange in self.exchanges):
             return None
-        return sum(exchange.step_count for exchange in self.exchanges)
+        steps = sum(exchange.step_count for exchange in self.exchanges)
+        return f"step {steps}" if self._own_model is None else f"step {steps} with the average model"
 
-    @property
     @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        # Setting up gives all ranks the same model.
-        return not self.average_model
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        self._resumed = True
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
-        if trainer.state.fn != TrainerFn.FITTING:
-            own_model = None if self.average_model else _copies(self._model_tensors())
-            super().setup(trainer)
-            if own_model is not None:
-                self._assign(own_model)
-            return
-        require_values(self.lightning_module.named_parameters())
-        self._exchanges, self._own_model = {}, None
-        self.add_monitor(trainer)
+        fitting, resumed, self._resumed = trainer.state.fn == TrainerFn.FITTING, self._resumed, False
+        if fitting:
+            require_values(self.lightning_module.named_parameters())
+            self._exchanges, self._own_model = {}, None
+            self.add_monitor(trainer)
+        # Setting up gives all ranks the first one's model.
+        keeps_own = not self.average_model and (resumed or not fitting)
+        own_model = _copies(self._all_tensors()) if keeps_own else {}
         super().setup(trainer)
+        self._assign(own_model)
+        if not fitting:
+            return
         for optimizer in self.optimizers:
             self._exchange_of(optimizer)
         assert self._topology is not None
@@ -220,35 +228,46 @@ class PowerGossipStrategy(BaseStrategy):
             tensors = self._differing_tensors()
             own_model = _copies(tensors)
             self._adopt_average(tensors)
+            buffers = {name for name, _ in self.lightning_module.named_buffers()}
+            self._average_buffers = _copies({name: tensors[name] for name in tensors if name in buffers})
             # Only now, since a checkpoint on a signal takes the model for the average from here on.
             self._own_model = own_model
 
     @override
     def on_validation_end(self) -> None:
         super().on_validation_end()
-        own_model, self._own_model = self._own_model, None
-        if own_model is not None:
-            self._assign(own_model)
+        own_model, self._own_model = self._own_model or {}, None
+        # What validation wrote to a buffer, such as the best result so far, stays.
+        tensors = self._all_tensors()
+        for name, average in self._average_buffers.items():
+            if name not in tensors or not torch.equal(tensors[name], average):
+                own_model.pop(name, None)
+        self._average_buffers = {}
+        self._assign(own_model)
 
     @override
     def complete_checkpoint(self, checkpoint: dict[str, Any], alone: bool) -> None:
         if not self.average_model or not self._exchanges:
             return
+        # Copies, since these dicts may be the model's and the optimizer's own. `copy` keeps the modules' versions, too,
+        # which are an attribute.
+        models = {name: copy.copy(checkpoint[name]) for name in _MODEL_STATES if name in checkpoint}
+        checkpoint.update(models)
         if alone:
-            checkpoint["state_dict"] = {**checkpoint["state_dict"], **(self._own_model or {})}
+            checkpoint["state_dict"].update(self._own_values(checkpoint["state_dict"]))
             rank_zero_warn(
                 "A checkpoint was saved on an exception or a signal with rank 0's own model: the average needs every"
                 " rank, and not all of them came to save in the same step."
             )
             return
-        if self._own_model is None:
-            checkpoint["state_dict"] = dict(checkpoint["state_dict"])
-            self._average_in({"": checkpoint["state_dict"]})
+        self._average_in(models)
         for optimizer_state in checkpoint.get("optimizer_states", []):
-            # Copies, since a state dict has the optimizer's own dicts in it.
-            states = {number: dict(state) for number, state in optimizer_state["state"].items()}
-            optimizer_state["state"] = states
-            self._average_in(states)
+            if "state" in optimizer_state:
+                # Beside the parameters' states, it may have entries of another kind.
+                states = optimizer_state["state"].items()
+                by_parameter = {key: dict(state) for key, state in states if isinstance(state, Mapping)}
+                optimizer_state["state"] = {**optimizer_state["state"], **by_parameter}
+                self._average_in(by_parameter)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
@@ -261,7 +280,8 @@ class PowerGossipStrategy(BaseStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not self.average_model and self.global_rank > 0:
-            own_file = self._own_file(checkpoint_path)
+            link = os.path.islink(checkpoint_path)
+            own_file = self._own_file(os.path.realpath(checkpoint_path) if link else checkpoint_path)
             if get_filesystem(own_file).exists(own_file):
                 checkpoint_path = own_file
             else:
@@ -282,6 +302,11 @@ class PowerGossipStrategy(BaseStrategy):
         super().on_train_end()
         for exchange in self.exchanges:
             exchange.finish()
+        if not any(exchange.step_count for exchange in self.exchanges):
+            rank_zero_warn(
+                "Nothing was gossiped: no optimizer took a step that the trainer knows of. In manual optimisation call"
+                " `step()` of what `self.optimizers()` gives, not of the optimizers themselves."
+            )
         if self.average_model:
             self._adopt_average(self._differing_tensors())
 
@@ -290,28 +315,35 @@ class PowerGossipStrategy(BaseStrategy):
         try:
             super().teardown()
         finally:
-            self._own_model = None
+            self._resumed, self._own_model, self._average_buffers = False, None, {}
             for exchange in self.exchanges:
                 exchange.retire()
 
     def _exchange_of(self, optimizer: Optimizer) -> GossipExchange:
         """Give the exchange of an optimizer's parameters; a new one if others were frozen, unfrozen or added."""
         among = [value for group in optimizer.param_groups for value in group["params"] if value.requires_grad]
-        exchange = self._exchanges.get(id(optimizer))
+        exchange = self._exchanges.get(optimizer)
         if exchange is None or not exchange.is_among(among):
             assert self.lightning_module is not None
             assert self._topology is not None
             named = list(self.lightning_module.named_parameters())
-            if exchange is not None:
-                exchange.finish()
+            # This one's, and those of optimizers that it replaces.
+            before = [other for other in self._exchanges if other is optimizer or other not in self.optimizers]
+            if before:
                 trainable = [name for name, parameter in named if parameter.requires_grad]
                 require_agreement({"the parameters that are trainable": ", ".join(trainable)})
-            new = GossipExchange(named, self._topology, self.config, among)
-            if exchange is not None:
-                for count in ("step_count", "total_sent_bytes", "total_link_bytes"):
-                    setattr(new, count, getattr(exchange, count))
-            self._exchanges[id(optimizer)] = exchange = new
+            exchange = GossipExchange(named, self._topology, self.config, among)
+            for other in before:
+                exchange.go_on_from(self._exchanges.pop(other))
+            self._exchanges[optimizer] = exchange
         return exchange
+
+    def _all_tensors(self) -> dict[str, Tensor]:
+        """Give all parameters and buffers by name; one that has two names has both."""
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        return {name: tensor.detach() for name, tensor in named}
 
     def _model_tensors(self) -> dict[str, Tensor]:
         """Give all parameters, and all buffers that have a mean, by name."""
@@ -320,10 +352,19 @@ class PowerGossipStrategy(BaseStrategy):
         return {name: tensor.detach() for name, tensor in named if _has_mean(tensor)}
 
     def _assign(self, values: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._model_tensors().items():
-            # A buffer may have been replaced by a longer one since.
-            if name in values and values[name].shape == tensor.shape:
-                tensor.copy_(values[name])
+        tensors = self._all_tensors()
+        for name, value in values.items():
+            tensors[name].copy_(value)
+
+    def _own_values(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Give the entries of a state dict that hold the average model, as this rank's own model has them."""
+        tensors, own_model = self._all_tensors(), self._own_model or {}
+        own = {tensors[name].data_ptr(): value for name, value in own_model.items()}
+        return {
+            name: own[value.data_ptr()]
+            for name, value in state_dict.items()
+            if isinstance(value, Tensor) and value.data_ptr() in own
+        }
 
     def _differing_tensors(self) -> dict[str, Tensor]:
         """Give what there is to average: frozen parameters, for one, are the same on all ranks."""
@@ -335,16 +376,15 @@ class PowerGossipStrategy(BaseStrategy):
             tensors[name].copy_(mean)
 
     def _average_in(self, states: Mapping[Any, dict[str, Any]]) -> None:
-        """Replace the tensors in dicts, which have names themselves, by their means over the ranks."""
+        """Replace the tensors in dicts, which have names themselves, by their means over the ranks if they differ."""
         tensors = {
             f"{name}/{key}": (state, key)
             for name, state in states.items()
             for key, value in state.items()
             if isinstance(value, Tensor) and _has_mean(value)
         }
-        for name, mean in mean_over_ranks(
-            in_common({name: state[key] for name, (state, key) in tensors.items()}), self.root_device
-        ):
+        common = in_common({name: state[key] for name, (state, key) in tensors.items()})
+        for name, mean in mean_over_ranks(differing(common, self.root_device), self.root_device):
             state, key = tensors[name]
             if self.is_global_zero:  # which alone writes
                 state[key] = mean.cpu()
@@ -352,7 +392,7 @@ class PowerGossipStrategy(BaseStrategy):
     def _own_file(self, filepath: _PATH) -> str:
         # The rank comes first, or Lightning would take `last.rank1.ckpt` for the last checkpoint of all, and read the
         # number 11 from `hpc_ckpt_1.rank1.ckpt`.
-        folder, name = os.path.split(os.path.realpath(filepath) if os.path.islink(filepath) else filepath)
+        folder, name = os.path.split(filepath)
         return os.path.join(folder, f"rank{self.global_rank}-{name}")
 
 

@@ -201,10 +201,10 @@ class PowerSGDStrategy(BaseStrategy):
 
     @property
     @override
-    def steps(self) -> int | None:
+    def moment(self) -> str | None:
         if self._exchange is None:
-            return 0
-        return None if self._exchange.exchanging else self._exchange.state.step
+            return "no step"
+        return None if self._exchange.exchanging else f"step {self._exchange.state.step}"
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

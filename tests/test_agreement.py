@@ -123,7 +123,7 @@ def test_nobody_waits_long_for_ranks_that_do_not_come(four_ranks, missing):
 def _come(missing: list[int], patience: float) -> bool:
     # A collective before, so that this is a position of its own.
     dist.barrier()
-    position = position_of(7)
+    position = position_of("step 7")
     here = dist.get_rank() not in missing
     answer = here and all_ranks_come(position, timedelta(seconds=patience))
     dist.barrier()
@@ -139,7 +139,7 @@ def test_ranks_at_different_steps_do_not_meet(two_ranks):
 
 
 def _come_at_different_steps() -> bool:
-    return all_ranks_come(position_of(10 + dist.get_rank()), timedelta(seconds=0.2))
+    return all_ranks_come(position_of(f"step {10 + dist.get_rank()}"), timedelta(seconds=0.2))
 
 
 def test_ranks_that_disagree_are_all_told_how(two_ranks):

@@ -125,7 +125,7 @@ def factors_of(exchange: GossipExchange) -> dict[tuple[int, int, str, str], Tens
         (min(rank, peer), max(rank, peer), name, side): factors[row]
         for links in exchange._rounds
         for mailbox in links._mailboxes
-        for name, sides in mailbox._factors.items()
+        for name, sides in mailbox.factors.items()
         for side, factors in sides.items()
         for row, peer in enumerate(links._peers)
     }

@@ -213,7 +213,7 @@ def _unfreeze(root: str) -> tuple[dict[str, Any], list[int]]:
 
     class Count(Callback):
         def on_train_epoch_end(self, trainer, pl_module) -> None:
-            steps.append(trainer.strategy.steps)
+            steps.append(trainer.strategy.exchanges[0].step_count)
 
     strategy = PowerGossipStrategy(rank={"*": 0}, average_model=False)
     return train(root, strategy, model=Unfrozen(), callbacks=[Unfreeze(), Count()], max_epochs=3), steps
