@@ -60,6 +60,15 @@ def test_differences_that_cancel_out_change_the_checksum(count, dtype):
         assert checksum({"a": changed}) != checksum({"a": whole}), (up, down)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_sign_changes_the_checksum(dtype):
+    whole = torch.randn(5000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for place in range(0, 5000, 37):
+        changed = whole.clone()
+        changed[place] *= -1
+        assert checksum({"a": changed}) != checksum({"a": whole}), place
+
+
 def test_tensors_that_changed_places_change_the_checksum():
     a, b = torch.zeros(3), torch.ones(3)
     assert checksum({"a": a, "b": b}) != checksum({"a": b, "b": a})
@@ -149,3 +158,26 @@ def test_ranks_that_disagree_are_all_told_how(two_ranks):
 
 def _disagree() -> None:
     require_agreement({"the argument `rank`": str(1 + dist.get_rank())})
+
+
+def test_groups_beside_each_other_do_not_hear_each_others_answers(four_ranks):
+    # Rank 3 never asks.
+    assert four_ranks.run(_ask_in_pairs) == [True, True, False, None]
+
+
+def _ask_in_pairs() -> bool | None:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = pairs[dist.get_rank() // 2]
+    answer = None
+    if dist.get_rank() != 3:
+        answer = all_ranks_come(position_of("step 7", group), timedelta(seconds=1), group)
+    dist.barrier()
+    return answer
+
+
+def test_an_imaginary_part_that_drifted_is_seen(two_ranks):
+    assert two_ranks.run(_drift_in_the_imaginary_part) == [{"a": pytest.approx(0.5)}] * 2
+
+
+def _drift_in_the_imaginary_part() -> dict[str, float]:
+    return repair_replicas({"a": torch.tensor([3 + (4 + 2.5 * dist.get_rank()) * 1j])})

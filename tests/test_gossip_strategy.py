@@ -771,6 +771,7 @@ BAD_FITS = {
     "other graphs": "The ranks disagree on the argument `topology`: rank 0 has [(0, 1)], rank 1 has []",
     "other weights": "The ranks disagree on the argument `weights`: rank 0 has None, rank 1 has [[0.5, 0.5], [0",
     "other use of the average": "The ranks disagree on the argument `average_model`: rank 0 has False, rank 1 has True",
+    "other metrics": "The ranks disagree on the argument `log_metrics`: rank 0 has False, rank 1 has True",
     "other shapes": "The ranks disagree on the parameter 'net.0.weight'",
     "other frozen parameters": "The ranks disagree on the parameter 'net.2.weight': rank 0 has trainable (40, 48)",
     "other versions": "The ranks disagree on the version of lightning_powersgd: rank 0 has 0, rank 1 has 1",
@@ -811,6 +812,8 @@ def _bad_fit(root: str, case: str) -> None:
         arguments = {"weights": [[0.5, 0.5], [0.5, 0.5]] if rank else None}
     elif case == "other use of the average":
         arguments = {"average_model": bool(rank)}
+    elif case == "other metrics":
+        arguments = {"log_metrics": bool(rank)}
     elif case == "other shapes":
         model.net[0] = nn.Linear(32 + rank, 48)
     elif case == "other frozen parameters":
