@@ -197,7 +197,10 @@ def _rank(values: list[str] | None) -> int | Mapping[str, int]:
         return int(pairs[0][1])
     if any(not pattern for pattern, _ in pairs):
         raise ValueError(f"--rank {' --rank '.join(values)} mixes numbers and patterns. Use '*=NUMBER' for the rest.")
-    return {pattern: int(number) for pattern, number in pairs}
+    ranks: dict[str, int] = {}
+    for pattern, number in pairs:
+        ranks.setdefault(pattern, int(number))
+    return ranks
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -306,6 +306,12 @@ def test_ranks_by_patterns(plan):
     assert content["settings"]["rank"] == {"blocks.1*": 0, "blocks*": 3, "*": 1}
 
 
+def test_of_a_pattern_given_twice_the_first_wins(plan):
+    content = json.loads(plan("--json", "zoo:Fixed", "--rank=*.weight=1", "--rank=*.weight=4"))
+    assert content["parameters"][0]["rank"] == 1
+    assert content["settings"]["rank"] == {"*.weight": 1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
