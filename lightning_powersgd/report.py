@@ -41,10 +41,11 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 def to_json(forecast: Forecast, links: Sequence[LinkForecast], step_seconds: float | None) -> dict[str, Any]:
     """Give everything that is known, in types that JSON has. docs/planner.md describes it."""
     alternate = forecast.config.alternate
+    settings = forecast.config.to_dict()
     return {
         "format_version": FORMAT_VERSION,
         "lightning_powersgd": __version__,
-        "settings": forecast.config.to_dict(),
+        "settings": {name: None if value == math.inf else value for name, value in settings.items()},
         "world_size": forecast.world_size,
         "latency_seconds": forecast.latency,
         "step_seconds": step_seconds,

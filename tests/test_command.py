@@ -242,6 +242,9 @@ def test_json_has_no_infinity(plan):
     assert content["break_even_bits_per_second"] is None
     assert content["step_seconds"] is None
     assert len(content["links"]) == 4
+    content = json.loads(plan("zoo:Fixed", "--json", "--min-compression-ratio=inf"), parse_constant=pytest.fail)
+    assert content["settings"]["min_compression_ratio"] is None
+    assert content["totals"]["compressed"] == 0
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
