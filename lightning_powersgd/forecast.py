@@ -57,6 +57,9 @@ _MOST_SAMPLES = 10
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _RATE = re.compile(r"(\d+\.?\d*|\.\d+)\s*([kKmMgGtT]?)(?:[bB]it(?:/s)?|bps)")
 
+# What processes can average. For floating-point numbers of eight bits, and for complex32, torch has little arithmetic.
+_GRADIENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+
 # Buffers that a state dict holds beside the parameters, by the last part of their names: those of normalisation layers.
 _STATISTICS = ("running_mean", "running_var")
 
@@ -248,8 +251,9 @@ def forecast_exchange(
 
     Raises:
         TypeError: if ``world_size`` is not an integer.
-        ValueError: if there is nothing to exchange, shapes are not known yet, an argument is out of range, a pattern of
-            ``config.rank`` matches no parameter, or the device has too little memory left to measure on it.
+        ValueError: if there is nothing to exchange, shapes are not known yet, a trainable parameter is of a dtype in
+            which gradients cannot be averaged, an argument is out of range, a pattern of ``config.rank`` matches no
+            parameter, or the device has too little memory left to measure on it.
     """
     config = PowerSGDConfig() if config is None else config
     require_int("world_size", world_size, minimum=2, remedy="A single rank has nobody to exchange gradients with.")
@@ -261,6 +265,12 @@ def forecast_exchange(
     trainable = [parameter_name(name) for name, parameter in named if parameter.requires_grad]
     if not any(parameter.numel() for _, parameter in named if parameter.requires_grad):
         raise ValueError("The model has no trainable parameter, so there are no gradients to exchange.")
+    for name, parameter in named:
+        if parameter.requires_grad and parameter.dtype not in _GRADIENT_DTYPES:
+            raise ValueError(
+                f"The parameter {name!r} is of {parameter.dtype}, in which gradients cannot be averaged. Give the model"
+                " in the dtype that it is trained in, such as torch.bfloat16."
+            )
     plan = make_plan(named, config)
     slots = {slot.name: slot for slot in plan.slots}
     parameters = tuple(slots[name] for name in trainable)
@@ -292,8 +302,8 @@ def parameters_of(model: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, 
     """Give a model's named parameters.
 
     A state dict does not tell parameters from buffers, nor trainable from frozen ones. There, every floating-point
-    tensor counts as a trainable parameter, but for the running statistics of normalisation layers, and for a second
-    name of the same memory, as tied weights have.
+    tensor counts as a trainable parameter, but for the running statistics of normalisation layers, for sparse tensors,
+    which DDP does not train, and for a second name of the same memory, as tied weights have.
 
     Args:
         model: a module, its named parameters, or its state dict.
@@ -480,7 +490,7 @@ def _parameters_of_state_dict(state: Mapping[str, Any]) -> list[tuple[str, Tenso
     for name, value in state.items():
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             continue
-        if name.rpartition(".")[2] in _STATISTICS:
+        if name.rpartition(".")[2] in _STATISTICS or value.layout != torch.strided:
             continue
         # Two empty tensors, and two on the meta device, have the same address.
         address = value.data_ptr() or name

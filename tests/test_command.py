@@ -295,6 +295,11 @@ def test_a_plain_state_dict_with_tied_weights(plan, zoo):
     assert names(plan("--json", "state.pt")) == ["embedding.weight"]
 
 
+def test_sparse_tensors_of_a_checkpoint_are_no_parameters(plan, zoo):
+    torch.save({"weight": torch.zeros(40, 30), "neighbours": torch.eye(40).to_sparse()}, zoo / "graph.pt")
+    assert names(plan("--json", "graph.pt")) == ["weight"]
+
+
 def test_ranks_by_patterns(plan):
     printed = plan("--json", "zoo:Net", "--init=width=512", "--rank=blocks.1*=0", "--rank", "blocks*=3", "--rank=*=1")
     content = json.loads(printed)
@@ -349,6 +354,7 @@ def test_of_a_pattern_given_twice_the_first_wins(plan):
         (["pickled.pt"], "pickled.pt holds an object of type types.SimpleNamespace, and is not loaded"),
         (["list.pt"], "list.pt holds no state dict, neither under 'state_dict' nor as a whole, but something else."),
         (["other.pt"], "other.pt holds no state dict, neither under 'state_dict' nor as a whole, but the keys 'model'"),
+        (["eight_bits.pt"], "The parameter 'weight' is of torch.float8_e4m3fn, in which gradients cannot be averaged."),
         (["list.pt", "--init=width=3"], "list.pt is a checkpoint, and takes no arguments."),
         (["zoo:Fixed", "--link", "fast"], "argument --link: 'fast' is not the speed of a link. Use a number"),
         (["zoo:Fixed", "--rank", "two"], "--rank two is neither a number, such as 2, nor PATTERN=NUMBER"),
@@ -385,6 +391,7 @@ def test_mistakes_end_in_one_line(refused, zoo, arguments, message):
     (zoo / "pickled.pt").write_bytes(pickle.dumps(SimpleNamespace(a=1), protocol=2))
     torch.save([torch.zeros(3)], zoo / "list.pt")
     torch.save({"model": {"weight": torch.zeros(3)}}, zoo / "other.pt")
+    torch.save({"weight": torch.zeros(9, 9).to(torch.float8_e4m3fn)}, zoo / "eight_bits.pt")
     assert refused(*arguments).startswith(message)
 
 

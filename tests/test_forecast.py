@@ -175,6 +175,7 @@ def test_a_state_dict_holds_more_than_parameters():
         "embedding.weight": table,
         "head.weight": table,
         "transposed": table.t(),
+        "neighbours": torch.eye(40).to_sparse(),
         "empty": torch.zeros(0),
         "empty_too": torch.zeros(0),
     }
@@ -290,6 +291,22 @@ def test_what_cannot_be_forecast_is_named(monkeypatch, arguments, error, message
 def test_a_speed_is_positive(link):
     with pytest.raises(ValueError, match="is not the speed of a link"):
         forecast_exchange(nn.Linear(60, 60), compress_seconds=0).over(link)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_dtype_that_cannot_be_averaged_is_named(dtype):
+    module = nn.Sequential(nn.Linear(60, 60), nn.Linear(60, 60, device="meta", dtype=dtype))
+    for model in (module, module.state_dict()):
+        with pytest.raises(ValueError, match=f"'1.weight' is of {dtype}, in which gradients cannot be averaged. Give"):
+            forecast_exchange(model)
+    module[1].requires_grad_(False)
+    assert forecast_exchange(module, compress_seconds=0).frozen == 2
+
+
+def test_complex_parameters_are_sent_whole():
+    state = {"spectrum": torch.zeros(60, 60, dtype=torch.complex64), "weight": torch.zeros(60, 60)}
+    result = forecast_exchange(state, compress_seconds=0)
+    assert [slot.rank for slot in result.parameters] == [0, 2]
 
 
 def test_a_model_without_gradients_or_shapes_is_refused():
