@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,6 +57,11 @@ _MOST_SAMPLES = 10
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _RATE = re.compile(r"(\d+\.?\d*|\.\d+)\s*([kKmMgGtT]?)(?:[bB]it(?:/s)?|bps)")
+
+# Beyond these, a number is a slip of the pen, and times may overflow. torch.distributed counts ranks in 32 bits.
+_MOST_RANKS = 2**31 - 1
+_LONGEST_SECONDS = 1e9
+_SLOWEST_LINK, _FASTEST_LINK = 1.0, 1e18
 
 # What processes can average. For floating-point numbers of eight bits, and for complex32, torch has little arithmetic.
 _GRADIENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -196,8 +202,8 @@ class Forecast:
         Raises:
             ValueError: if it is not the speed of a link.
         """
-        name = link if isinstance(link, str) else format_rate(link)
         rate = parse_rate(link) if isinstance(link, str) else _require_positive("link", link)
+        name = link if isinstance(link, str) else format_rate(rate)
         return LinkForecast(
             name=name,
             bits_per_second=rate,
@@ -257,9 +263,11 @@ def forecast_exchange(
     """
     config = PowerSGDConfig() if config is None else config
     require_int("world_size", world_size, minimum=2, remedy="A single rank has nobody to exchange gradients with.")
-    if not 0 <= latency < math.inf:
+    if world_size > _MOST_RANKS:
+        raise ValueError(f"`world_size={world_size}` is above {_MOST_RANKS}. Give the number of processes, such as 16.")
+    if not 0 <= latency <= _LONGEST_SECONDS:
         raise ValueError(f"`latency={latency!r}` is not a time. Give seconds, such as 0.0001.")
-    if compress_seconds is not None and not 0 <= compress_seconds < math.inf:
+    if compress_seconds is not None and not 0 <= compress_seconds <= _LONGEST_SECONDS:
         raise ValueError(f"`compress_seconds={compress_seconds!r}` is not a time. Give seconds, or None to measure it.")
     named = parameters_of(model)
     trainable = [parameter_name(name) for name, parameter in named if parameter.requires_grad]
@@ -378,9 +386,10 @@ def parse_rate(text: str) -> float:
         ValueError: if it is not one.
     """
     found = _RATE.fullmatch(text.strip())
-    if found is None or not float(found[1]):
+    rate = float(found[1]) * _UNITS[found[2].lower()] if found else 0.0
+    if not _SLOWEST_LINK <= rate <= _FASTEST_LINK:
         raise ValueError(f"{text!r} is not the speed of a link. Use a number and a unit, such as 100mbit or 1.5gbit.")
-    return float(found[1]) * _UNITS[found[2].lower()]
+    return rate
 
 
 def format_rate(bits_per_second: float) -> str:
@@ -500,7 +509,7 @@ def _parameters_of_state_dict(state: Mapping[str, Any]) -> list[tuple[str, Tenso
 
 
 def _require_positive(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
         raise ValueError(
             f"`{name}={value!r}` is not the speed of a link. Give bits per second, or text such as '1gbit'."
         )

@@ -248,6 +248,13 @@ def test_what_is_not_the_speed_of_a_link(text):
         parse_rate(text)
 
 
+def test_a_link_carries_a_bit_to_an_exabit_a_second():
+    assert [parse_rate(text) for text in ("1bit", "1000000tbit")] == [1, 1e18]
+    for text in ("0.999bit", "1000001tbit", "0." + 320 * "0" + "1gbit", "1" + 400 * "0" + "bit"):
+        with pytest.raises(ValueError, match="is not the speed of a link"):
+            parse_rate(text)
+
+
 def test_numbers_are_readable():
     assert [format_seconds(value) for value in (0, 12e-6, 0.0345, 0.9999, 61)] == [
         "0 s",
@@ -275,8 +282,11 @@ def test_a_gpu_that_is_full_is_named(monkeypatch):
     [
         ({"world_size": 1}, ValueError, "`world_size=1` is below 2. A single rank has nobody"),
         ({"world_size": 2.5}, TypeError, "`world_size=2.5` is not an integer"),
+        ({"world_size": 2**31}, ValueError, "`world_size=2147483648` is above 2147483647. Give the number"),
         ({"latency": -1}, ValueError, "`latency=-1` is not a time"),
+        ({"latency": 10**400}, ValueError, "`latency=1000*` is not a time"),
         ({"compress_seconds": math.nan}, ValueError, "`compress_seconds=nan` is not a time"),
+        ({"compress_seconds": 10**400}, ValueError, "`compress_seconds=1000*` is not a time"),
         ({"device": "cuda"}, ValueError, "torch finds no GPU"),
         ({"config": PowerSGDConfig(rank={"nothing*": 2})}, ValueError, "matches no parameter"),
     ],
@@ -287,7 +297,7 @@ def test_what_cannot_be_forecast_is_named(monkeypatch, arguments, error, message
         forecast_exchange(nn.Linear(60, 60), **arguments)
 
 
-@pytest.mark.parametrize("link", [0, -1.0, math.nan, math.inf, True])
+@pytest.mark.parametrize("link", [0, -1.0, math.nan, math.inf, pytest.param(10**400, id="huge"), True])
 def test_a_speed_is_positive(link):
     with pytest.raises(ValueError, match="is not the speed of a link"):
         forecast_exchange(nn.Linear(60, 60), compress_seconds=0).over(link)
