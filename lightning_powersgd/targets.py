@@ -170,7 +170,11 @@ def _load_state_dict(path: Path) -> Mapping[str, Tensor]:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise TargetError(f"{path} cannot be read as a checkpoint: {_brief(error)}") from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+    if (
+        not isinstance(state, Mapping)
+        or not all(isinstance(name, str) for name in state)
+        or not any(isinstance(value, Tensor) for value in state.values())
+    ):
         holds = f"the keys {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) else "something else"
         raise TargetError(f"{path} holds no state dict, neither under 'state_dict' nor as a whole, but {holds}.")
     return state

@@ -354,6 +354,7 @@ def test_of_a_pattern_given_twice_the_first_wins(plan):
         (["pickled.pt"], "pickled.pt holds an object of type types.SimpleNamespace, and is not loaded"),
         (["list.pt"], "list.pt holds no state dict, neither under 'state_dict' nor as a whole, but something else."),
         (["other.pt"], "other.pt holds no state dict, neither under 'state_dict' nor as a whole, but the keys 'model'"),
+        (["ints.pt"], "ints.pt holds no state dict, neither under 'state_dict' nor as a whole, but the keys 0, 1."),
         (["eight_bits.pt"], "The parameter 'weight' is of torch.float8_e4m3fn, in which gradients cannot be averaged."),
         (["list.pt", "--init=width=3"], "list.pt is a checkpoint, and takes no arguments."),
         (["zoo:Fixed", "--link", "fast"], "argument --link: 'fast' is not the speed of a link. Use a number"),
@@ -394,6 +395,7 @@ def test_mistakes_end_in_one_line(refused, zoo, arguments, message):
     (zoo / "pickled.pt").write_bytes(pickle.dumps(SimpleNamespace(a=1), protocol=2))
     torch.save([torch.zeros(3)], zoo / "list.pt")
     torch.save({"model": {"weight": torch.zeros(3)}}, zoo / "other.pt")
+    torch.save({0: torch.zeros(3), 1: torch.zeros(3)}, zoo / "ints.pt")
     torch.save({"weight": torch.zeros(9, 9).to(torch.float8_e4m3fn)}, zoo / "eight_bits.pt")
     assert refused(*arguments).startswith(message)
 
