@@ -240,7 +240,7 @@ def random_factor(draw: str, rank: int, length: int) -> Tensor:
         (r, k), float32.
     """
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "little"))
-    return torch.randn(rank, length, generator=generator)
+    return torch.randn(rank, length, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def add_scaled(matrix: Tensor, error: Tensor, scale: float | Tensor) -> None:

@@ -16,6 +16,7 @@ from lightning_powersgd.linalg import (
     orthonormal,
     permute_columns,
     project,
+    random_factor,
     unique_basis,
 )
 
@@ -117,6 +118,17 @@ def test_a_basis_is_the_same_whatever_the_rounding(case, rank):
     assert (basis - orth((factor.double() + trace).T).T).abs().max() < 1e-6
     rounded = (factor.double() + trace) * (1 + 1e-16 * randn(10, rank, dtype=torch.float64).T)
     assert (basis - orth(rounded.T).T).abs().max() < 1e-6
+
+
+def test_a_random_factor_is_the_same_whatever_the_defaults_are():
+    expected = random_factor("a draw", 2, 30)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = random_factor("a draw", 2, 30)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
 
 
 def test_rows_are_scaled_and_rows_of_zeros_give_way():
