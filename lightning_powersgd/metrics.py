@@ -83,7 +83,7 @@ class BytesSaved(_ByteMetric):
 
 
 class ResidualRatio(Metric):
-    """‖e‖ ÷ ‖M‖ over all compressed parameters: 0 = nothing lost, 1 = nothing sent."""
+    """‖e‖ ÷ ‖M‖ over all compressed parameters: 0 = nothing lost, 1 = nothing sent, NaN = not a finite step."""
 
     full_state_update = False
     higher_is_better = False
@@ -109,7 +109,9 @@ class ResidualRatio(Metric):
     @override
     def compute(self) -> Tensor:
         """Give the ratio of the norms over all updates, a scalar."""
-        return torch.where(self.matrix > 0, (self.error / self.matrix).sqrt(), torch.zeros_like(self.matrix))
+        # Zero times what is not finite is NaN, where an error over it might be zero.
+        ratio = (self.error / self.matrix).sqrt() + self.matrix * 0
+        return torch.where(self.matrix == 0, torch.zeros_like(ratio), ratio)
 
 
 class ConsensusDistance(Metric):

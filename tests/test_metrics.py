@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lightning_powersgd import BytesSaved, BytesSent, CompressionRatio, ConsensusDistance, ResidualRatio
@@ -34,6 +35,13 @@ def test_residual_ratio():
     assert metric.compute() == 0
     metric.update(error=torch.tensor(9.0), matrix=torch.tensor(36.0))
     assert metric.compute() == 0.5
+
+
+@pytest.mark.parametrize("matrix", [torch.inf, torch.nan])
+def test_the_residual_ratio_of_a_step_that_was_not_finite_is_nan(matrix):
+    metric = ResidualRatio()
+    metric.update(torch.tensor(1.0), torch.tensor(matrix))
+    assert metric.compute().isnan()
 
 
 def test_consensus_distance_is_a_root_mean_square():
