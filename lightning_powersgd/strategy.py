@@ -357,7 +357,7 @@ class PowerSGDStrategy(BaseStrategy):
             # Gradients accumulate, on each rank for itself. The pass that synchronises them is early enough.
             return
         unfrozen = any(now and not before for now, before in zip(trainable, self._trainable, strict=True))
-        if unfrozen or not self.model.find_unused_parameters:
+        if unfrozen or self.model.static_graph or not self.model.find_unused_parameters:
             log.debug("parameters were frozen or unfrozen: wrapping the module in DistributedDataParallel again")
             self.model.reducer._remove_autograd_hooks()
             self.model = self.lightning_module

@@ -327,15 +327,17 @@ class Unfrozen(Classifier):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
-def test_parameters_frozen_and_unfrozen_during_training(fit, find_unused):
-    for result, changed in fit(_unfreeze, find_unused):
+@pytest.mark.parametrize(
+    "ddp", [{}, {"find_unused_parameters": True}, {"find_unused_parameters": True, "static_graph": True}], ids=str
+)
+def test_parameters_frozen_and_unfrozen_during_training(fit, ddp):
+    for result, changed in fit(_unfreeze, ddp):
         assert result["agree"], "replicas of an unfrozen layer drifted apart"
         assert changed == {0: [False, True, True], 4: [True, True, False]}
         assert result["step"] == 30
 
 
-def _unfreeze(root: str, find_unused: bool) -> tuple[dict[str, Any], dict[int, list[bool]]]:
+def _unfreeze(root: str, ddp: dict[str, Any]) -> tuple[dict[str, Any], dict[int, list[bool]]]:
     changed: dict[int, list[bool]] = {0: [], 4: []}
 
     class Watch(Callback):
@@ -346,7 +348,7 @@ def _unfreeze(root: str, find_unused: bool) -> tuple[dict[str, Any], dict[int, l
             for layer, weight in self.before.items():
                 changed[layer].append(not torch.equal(weight, pl_module.net[layer].weight))
 
-    strategy = PowerSGDStrategy(find_unused_parameters=find_unused)
+    strategy = PowerSGDStrategy(**ddp)
     return train(root, strategy, model=Unfrozen(), callbacks=[Unfreeze(), Watch()], max_epochs=3), changed
 
 
