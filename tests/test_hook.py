@@ -462,6 +462,37 @@ def _train_mixed() -> bool:
     return True
 
 
+@pytest.mark.parametrize("spoiled", [False, True], ids=["finite", "not finite"])
+def test_complex_parameters_are_averaged_beside_compressed_ones(two_ranks, spoiled):
+    for found, expected in two_ranks.run(_train_complex, spoiled):
+        for name in ("turn", "mix"):
+            torch.testing.assert_close(found[name], expected[name], equal_nan=True)
+        assert found["linear.weight"].isfinite().all() != spoiled
+
+
+def _train_complex(spoiled: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(40, 30)
+            self.turn = nn.Parameter(torch.randn(30, dtype=torch.complex64))
+            self.mix = nn.Parameter(torch.randn(30, 7, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.linear(x) * self.turn @ self.mix).abs().square().sum()
+
+    model, exchange = attach(Turned())
+    assert [len(group.compressed) for group in exchange.state.plan.groups] == [1, 0]
+    plain = DistributedDataParallel(Turned())
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for ddp in (model, plain):
+        if spoiled:
+            ddp.module.turn.register_hook(lambda gradient: gradient * complex(1, torch.inf))
+        ddp(x).backward()
+    return gradients(model.module), gradients(plain.module)
+
+
 @pytest.mark.lost_by_pytorchs_hook("a gradient that is zero: NaN")
 @pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
 def test_a_zero_gradient_gives_a_zero_gradient_and_does_not_lock_the_factor(two_ranks, alternate):
