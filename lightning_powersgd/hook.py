@@ -105,6 +105,7 @@ class GradientExchange:
     Attributes:
         exchanging: whether a step is under way: the first bucket has come, and the last has not.
         scale: of this step's loss, in units of the one that the error buffers were computed at.
+        used: names of the compressed parameters that this rank's loss reached in the last step.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class GradientExchange:
         self.exchanging = False
         self._device = state.device
         self._wires: list[_Wire] = []
+        self.used = {slot.name for slot in state.plan.compressed}
+        self._reached: set[str] | None = self._follow_use() if track_unused else None
         self._groups = self._make_groups(track_unused)
         self._place = {state.parameters[slot.name]: (group, slot) for group in self._groups for slot in group.slots}
         self._futures: list[tuple[Future[Tensor], Tensor]] = []
@@ -153,6 +156,9 @@ class GradientExchange:
         if bucket.is_last():
             self.state.finish_step()
             self.exchanging = False
+            if self._reached is not None:
+                self.used = self._reached.copy()
+                self._reached.clear()
         return future
 
     def all_reduce(self, payload: Tensor) -> Work | None:
@@ -191,6 +197,25 @@ class GradientExchange:
         """Make the buffer of one collective of a step."""
         self._wires.append(_Wire(self, length, dtype))
         return self._wires[-1]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the loss is scaled, and the scale may change."""
+        return self._scaler is not None
+
+    def reached(self, name: str) -> bool:
+        """Whether this rank's loss depends on a compressed parameter, in this step or a pass that was accumulated."""
+        return self._reached is None or name in self._reached
+
+    def _follow_use(self) -> set[str]:
+        # A gradient does not tell: DDP hands over what an unused parameter still has in `grad` from the step before.
+        reached: set[str] = set()
+        for slot in self.state.plan.compressed:
+            parameter = self.state.parameters[slot.name]
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda _, name=slot.name: reached.add(name)
+            )
+        return reached
 
     def _make_groups(self, track_unused: bool) -> list["_GroupExchange"]:
         groups: list[_GroupExchange] = []
@@ -358,7 +383,7 @@ class _GroupExchange:
             self._first_whole[slot.name].copy_(gradient)
             return
         if self._track_unused:
-            self._flags[slot.name].copy_(gradient.any())
+            self._flags[slot.name].fill_(self._exchange.reached(slot.name))
         matrix = self._matrices[slot.name]
         factor, side = self._state.start_factor(slot), other_side(self._state.held)
         matrix.basis = orthonormal(factor, matrix.dtype) if self._alternate else factor.to(matrix.dtype)
@@ -386,7 +411,7 @@ class _GroupExchange:
                 # In M's dtype, since a basis never travels and need not be rounded to the wire's.
                 matrix.basis = orthonormal(matrix.received("left", self._payload["left"][name]), matrix.dtype)
             if self._track_unused:
-                # Without a basis nothing is sent, the gradient is zero, and the error, M itself, stays.
+                # Without a basis the gradient is zero.
                 matrix.basis *= self._flags[name] > 0
             if not self._alternate:
                 matrix.project("right", self._payload["right"][name])
@@ -407,9 +432,13 @@ class _GroupExchange:
         for name, matrix in self._matrices.items():
             factors = {side: matrix.received(side, self._payload[side][name]) for side in self._sides}
             own = matrix.received(self._sent, self._own[self._sent][name])
-            matrix.decompress(self._sent, own, factors[self._sent], keep)
+            keep_this = keep & self._used(name, keep)
+            matrix.decompress(self._sent, own, factors[self._sent], keep_this)
             for side, factor in factors.items():
-                self._state.keep_factor(name, side, factor, keep)
+                self._state.keep_factor(name, side, factor, keep_this)
+            if self._track_unused and self._exchange.scaled:
+                ratio = torch.as_tensor(self._exchange.scale, device=self._wire.flat.device)
+                self._state.rescale(name, torch.where(keep & (self._flags[name] == 0), ratio, 1.0))
 
     def forget(self) -> None:
         """Let go of the step's gradients."""
@@ -422,6 +451,13 @@ class _GroupExchange:
     def _sides(self) -> tuple[Side, ...]:
         """The sides of the factors that a step averages."""
         return (self._sent,) if self._alternate else SIDES
+
+    def _used(self, name: str, keep: bool | Tensor) -> bool | Tensor:
+        """Whether any rank used a parameter. If none did, DDP throws its average away."""
+        if not self._track_unused:
+            return True
+        used = self._flags[name] > 0
+        return used if isinstance(keep, Tensor) else bool(used)
 
     def _divide_and_keep_own(self) -> None:
         """Divide the last factors by the number of ranks for the sum, and keep them as they are after that rounding."""

@@ -153,6 +153,18 @@ class PowerSGDState:
             largest = factor.abs().amax(dim=1, keepdim=True)
             assign(magnitude, torch.where(largest > 0, largest, magnitude), keep)
 
+    def rescale(self, name: str, ratio: Tensor) -> None:
+        """Let what a parameter has kept refer to another loss scale.
+
+        Args:
+            name: of the parameter.
+            ratio: of the new scale to the old one, a scalar.
+        """
+        if name in self.errors:
+            saturated(self.errors[name].mul_(ratio), self.errors[name].dtype)
+        for magnitude in self.magnitudes.get(name, {}).values():
+            magnitude.mul_(ratio)
+
     def matrix_dtype(self, slot: Slot) -> torch.dtype:
         """Give the dtype in which M = g + e is computed: the wider of the gradient's and the error buffer's.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from nets import attach, gradients, make_batches, make_net, with_compiled_code
+from nets import attach, gradients, like_an_accelerator, make_batches, make_net, with_compiled_code
 from ranks import counted_all_reduce, gather_equal
 from reference import Reference
 from torch import Tensor, nn
@@ -572,6 +572,51 @@ def _unused_head(alternate: bool) -> bool:
     model.zero_grad()
     model(torch.randn(8, 20, generator=generator), dist.get_rank()).backward()
     return all(p.grad is not None for p in model.parameters()) and gather_equal([p.grad for p in model.parameters()])
+
+
+@pytest.mark.parametrize("gradient_as_bucket_view", [False, True])
+@pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
+def test_a_gradient_that_an_unused_parameter_still_has_leaves_its_error_alone(
+    two_ranks, alternate, gradient_as_bucket_view
+):
+    assert all(two_ranks.run(_stale_gradient, alternate, gradient_as_bucket_view))
+
+
+def _stale_gradient(alternate: bool, gradient_as_bucket_view: bool) -> bool:
+    ddp = {"find_unused_parameters": True, "gradient_as_bucket_view": gradient_as_bucket_view}
+    model, exchange = attach(TwoHeads(), ddp=ddp, alternate=alternate)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    stays = []
+    for step in range(6):
+        unused = f"heads.{1 - step % 2}.weight"
+        before = copy.deepcopy(exchange.state.state_dict()["parameters"][unused])
+        # As in manual optimisation, where each part of a step sets its own gradients alone to zero.
+        for parameter in (*model.module.trunk.parameters(), *model.module.heads[step % 2].parameters()):
+            parameter.grad = None
+        model(torch.randn(8, 20, generator=generator), step % 2).backward()
+        after = exchange.state.state_dict()["parameters"][unused]
+        stays += [torch.equal(before["error"], after["error"])]
+        stays += [torch.equal(before["factors"][side], factor) for side, factor in after["factors"].items()]
+        assert exchange.used == {"trunk.weight", f"heads.{step % 2}.weight"}
+    return all(stays) and after["error"].any().item()
+
+
+@pytest.mark.parametrize("accelerator", [False, True], ids=["", "as on an accelerator"])
+def test_the_error_of_an_unused_parameter_follows_the_loss_scale(two_ranks, accelerator):
+    assert all(two_ranks.run(_unused_at_another_scale, accelerator))
+
+
+def _unused_at_another_scale(accelerator: bool) -> bool:
+    scaler = torch.amp.GradScaler("cpu")
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    errors = []
+    with like_an_accelerator(accelerator):
+        model, exchange = attach(TwoHeads(), ddp={"find_unused_parameters": True}, scaler=scaler)
+        for head, scale in ((0, 4.0), (1, 4.0), (1, 8.0)):
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
+            scaler.scale(model(torch.randn(8, 20, generator=generator), head)).backward()
+            errors.append(exchange.state.errors["heads.0.weight"].clone())
+    return bool(errors[0].any()) and torch.equal(errors[1], errors[0]) and torch.equal(errors[2], 2 * errors[0])
 
 
 @pytest.mark.parametrize("ddp", [{"static_graph": True}, {"gradient_as_bucket_view": True}], ids=str)
