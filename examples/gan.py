@@ -64,6 +64,7 @@ class GAN(LightningModule):
         noise = torch.randn(len(real), self.noise_size, device=self.device)
         generator_optimizer, discriminator_optimizer = self.optimizers()
 
+        # Toggled: of a gradient that is averaged and then thrown away, a part would stay in PowerSGD's error buffers.
         self.toggle_optimizer(discriminator_optimizer)
         fake = self.generator(noise).detach()
         loss = (F.softplus(-self.discriminator(real)) + F.softplus(self.discriminator(fake))).mean()

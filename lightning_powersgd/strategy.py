@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import _augment_message
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_powersgd import native
@@ -187,6 +188,7 @@ class PowerSGDStrategy(BaseStrategy):
         self._parameters: tuple[torch.nn.Parameter, ...] = ()
         self._trainable: tuple[bool, ...] = ()
         self._next_check = 0
+        self._untaken = _UntakenGradients([])
 
     @property
     def exchange(self) -> GradientExchange | None:
@@ -243,10 +245,33 @@ class PowerSGDStrategy(BaseStrategy):
         say(f"{state.plan.summary(alternate=self.config.alternate)}.")
 
     @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        self._untaken = _UntakenGradients(self.optimizers)
+
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._follow_frozen_parameters()
         self._check_replicas()
         return super().training_step(*args, **kwargs)
+
+    @override
+    def pre_backward(self, closure_loss: torch.Tensor) -> None:
+        if self._watches_gradients():
+            self._untaken.look()
+        super().pre_backward(closure_loss)
+
+    @override
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._exchange is not None and self._watches_gradients():
+            self._untaken.averaged(self._exchange)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        # Said here as well since a GradScaler may skip the step.
+        self._untaken.taken_by(optimizer)
+        return super().optimizer_step(optimizer, *args, **kwargs)
 
     @override
     def complete_checkpoint(self, checkpoint: dict[str, Any], alone: bool) -> None:
@@ -294,6 +319,11 @@ class PowerSGDStrategy(BaseStrategy):
         if self._exchange is not None:
             # As Lightning does with the optimizers.
             self._exchange.retire()
+
+    def _watches_gradients(self) -> bool:
+        """Whether gradients may be compressed that no optimizer takes."""
+        module = self.lightning_module
+        return module is not None and not module.automatic_optimization
 
     def _check_replicas(self) -> None:
         """Compare the replicas if it is time to, and give rank 0's to all if they differ."""
@@ -362,6 +392,59 @@ class PowerSGDStrategy(BaseStrategy):
             self.model.reducer._remove_autograd_hooks()
             self.model = self.lightning_module
             self.configure_ddp()
+
+
+class _UntakenGradients:
+    """Warns, once, if averaged gradients are thrown away, since what compression left of them is not.
+
+    Args:
+        optimizers: those that may take the gradients.
+    """
+
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        self._optimizers = optimizers
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._step = 0
+        self._warned = False
+        for optimizer in optimizers:
+            # Only Lightning's wrappers come to `optimizer_step`.
+            if isinstance(optimizer, Optimizer):
+                optimizer.register_step_post_hook(self.taken_by)
+
+    def averaged(self, exchange: GradientExchange) -> None:
+        """Note the gradients that a backward pass has averaged, if it has."""
+        state = exchange.state
+        if state.step > self._step and not exchange.alone:
+            self._waiting |= {name: state.parameters[name] for name in exchange.used & state.errors.keys()}
+        self._step = state.step
+
+    def look(self) -> None:
+        """Look for gradients that are gone and were not taken."""
+        gone = {name: parameter for name, parameter in self._waiting.items() if parameter.grad is None}
+        if not gone:
+            return
+        self._waiting = {name: parameter for name, parameter in self._waiting.items() if name not in gone}
+        held = set().union(*map(_parameters_of, self._optimizers))
+        lost = sorted(name for name, parameter in gone.items() if parameter in held)
+        if lost and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"Gradients of {len(lost)} compressed parameters, such as {lost[0]!r}, were averaged and then thrown"
+                " away before their optimizer took a step. What compression left of them stays in the error buffers and"
+                " goes into later steps, where it does harm. Put each optimizer's part of `training_step` between"
+                " `self.toggle_optimizer(optimizer)` and `self.untoggle_optimizer(optimizer)`, and use"
+                " `find_unused_parameters=True`, so that a loss reaches no other optimizer's parameters."
+            )
+
+    def taken_by(self, optimizer: Optimizer, *_: Any) -> None:
+        """Note that an optimizer takes a step."""
+        if self._waiting:
+            taken = _parameters_of(optimizer)
+            self._waiting = {name: parameter for name, parameter in self._waiting.items() if parameter not in taken}
+
+
+def _parameters_of(optimizer: Optimizer) -> set[torch.Tensor]:
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _reject_conflicts(**arguments: Any) -> None:

@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.imports import RequirementCache
@@ -228,6 +229,57 @@ def test_several_optimizers(fit, alternate):
 def _gan(root: str, alternate: bool) -> dict[str, Any]:
     strategy = PowerSGDStrategy(find_unused_parameters=True, alternate=alternate)
     return train(root, strategy, model=Gan(), max_epochs=1)
+
+
+class Thrown(Gan):
+    """Leaves the discriminator's gradients from the generator's loss to the next `zero_grad`, or does not make any."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if self.how == "toggled":
+            super().training_step(batch, batch_idx)
+            return
+        generator_optimizer, discriminator_optimizer = self.optimizers(use_pl_optimizer=self.how != "raw optimizers")
+        noise = torch.randn(len(batch[0]), 16)
+
+        fake = self.generator(noise)
+        loss = self.discriminator(batch[0]).square().mean() + self.discriminator(fake.detach()).mean()
+        loss *= torch.inf if self.how == "skipped" else 1
+        discriminator_optimizer.zero_grad()
+        for part in (loss / 2, loss / 2) if self.how == "accumulated" else (loss,):
+            self.manual_backward(part, retain_graph=True)
+        discriminator_optimizer.step()
+
+        generator_optimizer.zero_grad()
+        self.manual_backward(self.discriminator(fake).mean() if self.how == "thrown away" else fake.square().mean())
+        generator_optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        networks = (self.generator, self.discriminator)
+        return [torch.optim.Adam(m.parameters(), lr=0.01, fused=self.how == "raw optimizers") for m in networks]
+
+
+@pytest.mark.parametrize("ddp", [{}, {"gradient_as_bucket_view": True}], ids=str)
+@pytest.mark.parametrize("how", ["toggled", "apart", "accumulated", "raw optimizers", "skipped", "thrown away"])
+def test_gradients_that_are_thrown_away_are_warned_of_once(fit, how, ddp):
+    said = fit(_throw_away, how, ddp)[0]
+    found = [message for message in said if "thrown away" in message]
+    assert len(found) == (how == "thrown away")
+    assert all("Gradients of 1 compressed parameters, such as 'discriminator.0.weight'" in text for text in found)
+
+
+def _throw_away(root: str, how: str, ddp: dict[str, Any]) -> list[str]:
+    strategy = PowerSGDStrategy(find_unused_parameters=True, **ddp)
+    scaler = torch.amp.GradScaler("cpu") if how == "skipped" else None
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if scaler else None
+    with messages() as said:
+        run = trainer(strategy, root=root, limit_train_batches=4, max_epochs=1, plugins=plugins)
+        run.fit(Thrown(how), loader())
+    assert scaler is None or scaler.get_scale() < 2.0**16, "no step was skipped"
+    return said
 
 
 class Unused(Classifier):
