@@ -11,7 +11,8 @@ For groups 0, 1, 2, … of parameters a step runs
 
 The gradients of a group are projected as they come (*take*). When all are there, the group before receives its own
 collective and orthonormalises its P (*proceed*), and its Q travels with this group's P and with everything that is sent
-whole (*start*): G groups take G + 1 collectives. When alternating, there is but one factor to send, and G suffice. At
+whole (*start*): G groups take G + 1 collectives. When alternating, there is but one factor to send, and G suffice. What
+is sent whole and is large has a collective of its own after that, straight from DDP's bucket and without a copy. At
 the end of the step *finish* updates the error buffers and writes the averaged gradients into DDP's buckets. Nothing
 that outlives the step is changed before all of it was received and found finite.
 
@@ -317,9 +318,12 @@ class _GroupExchange:
         self.slots, self._compressed, self.dtype = group.slots, group.compressed, group.dtype
         self._matrices = {slot.name: _Matrix(slot, self._state) for slot in group.compressed}
 
+        # What is sent whole and is large is only borrowed from DDP's bucket.
+        packed = [slot for slot in group.whole if not slot.travels_alone]
+
         # The first collective: [what is sent whole | flags, positive where any rank used a parameter | P | passenger].
         # When alternating there is no other, and it takes either factor.
-        whole = [slot.numel for slot in group.whole]
+        whole = [slot.numel for slot in packed]
         flags = len(group.compressed) if track_unused else 0
         self._lengths = {side: sum(slot.rank * slot.length(side) for slot in group.compressed) for side in SIDES}
         self._start = sum(whole) + flags
@@ -328,10 +332,11 @@ class _GroupExchange:
         room = passenger.last_length if passenger is not None and passenger.dtype == group.dtype else 0
         self._wire = exchange.new_wire(self._start + factors + room, group.dtype)
         parts = torch.split(self._wire.flat[: sum(whole)], whole)
-        self._first_whole = {slot.name: part.view(slot.shape) for slot, part in zip(group.whole, parts, strict=True)}
+        self._first_whole = {slot.name: part.view(slot.shape) for slot, part in zip(packed, parts, strict=True)}
         self._flags = dict(zip(self._matrices, self._wire.flat[sum(whole) : self._start], strict=False))
         self._last_flat = self._wire.flat[self._start :]
         self._payload = {side: self._factors(self._last_flat, side) for side in first_sides}
+        self._alone = {slot.name: exchange.new_wire(0, group.dtype) for slot in group.whole if slot.travels_alone}
         if passenger is not None:
             passenger.lay_out_last(self._wire.flat[self._start + factors :] if room else None)
 
@@ -380,7 +385,8 @@ class _GroupExchange:
         self._taken += 1
         if not slot.rank:
             self._whole[slot.name] = gradient
-            self._first_whole[slot.name].copy_(gradient)
+            if not slot.travels_alone:
+                self._first_whole[slot.name].copy_(gradient)
             return
         if self._track_unused:
             self._flags[slot.name].fill_(self._exchange.reached(slot.name))
@@ -391,21 +397,23 @@ class _GroupExchange:
         matrix.project(side, self._payload[side][slot.name])
 
     def start(self) -> None:
-        """Send the first collective: what is sent whole, and P (alternating: the projection)."""
+        """Send the first collective: what is sent whole, and P (alternating: the projection). The large ones follow."""
         if self._alternate:
             self._sent = other_side(self._state.held)
             self._divide_and_keep_own()
             self._wire.flat[: self._start] /= self._exchange.world_size
-            self._wire.send(self._start + self._lengths[self._sent])
+            self._wire.send(self._wire.flat[: self._start + self._lengths[self._sent]])
         else:
             self._wire.flat[: self._start + self._lengths["left"]] /= self._exchange.world_size
-            self._wire.send()
+            self._wire.send(self._wire.flat)
+        for name, wire in self._alone.items():
+            wire.send(self._whole[name].view(-1).div_(self._exchange.world_size))
 
     def proceed(self) -> None:
         """Receive the first collective; in a full step, orthonormalise P and compute Q."""
         self._wire.receive()
-        for name, gradient in self._whole.items():
-            gradient.copy_(self._first_whole[name])
+        for name, part in self._first_whole.items():
+            self._whole[name].copy_(part)
         for name, matrix in self._matrices.items():
             if not self._alternate:
                 # In M's dtype, since a basis never travels and need not be rounded to the wire's.
@@ -418,7 +426,7 @@ class _GroupExchange:
         if not self._alternate:
             self._divide_and_keep_own()
             if self._last_wire is not None:
-                self._last_wire.send()
+                self._last_wire.send(self._last_wire.flat)
 
     def finish(self, blemish: Tensor, keep: bool | Tensor) -> None:
         """Write the averaged gradients ĝ = P̂ Qᵀ.
@@ -550,10 +558,10 @@ class _Matrix:
 
 
 class _Wire:
-    """One collective of a step: a flat buffer that is summed over the ranks as it lies in memory.
+    """One collective of a step: a flat payload that is summed over the ranks as it lies in memory.
 
     Attributes:
-        flat: the buffer.
+        flat: a buffer for it, unless it is borrowed.
         blemish: zero if all that was received is finite, else NaN.
     """
 
@@ -563,20 +571,19 @@ class _Wire:
         self.flat = torch.zeros(length, dtype=dtype, device=exchange.state.device)
         self.blemish = torch.zeros((), device=exchange.state.device)
 
-    def send(self, length: int | None = None) -> None:
-        """Start the all-reduce of the buffer, or of its beginning; an empty one is left out."""
-        part = self.flat[:length]
-        if part.numel():
-            self._in_flight = self._exchange.all_reduce(part), part
+    def send(self, payload: Tensor) -> None:
+        """Start the all-reduce of a payload; an empty one is left out."""
+        if payload.numel():
+            self._in_flight = self._exchange.all_reduce(payload), payload
 
     def receive(self) -> None:
         """Wait for what is on its way, if it has not been received yet."""
         if self._in_flight is not None:
-            work, part = self._in_flight
+            work, payload = self._in_flight
             if work is not None:
                 work.wait()
             self._in_flight = None
-            numbers = torch.view_as_real(part) if part.is_complex() else part
+            numbers = torch.view_as_real(payload) if payload.is_complex() else payload
             # Zero times a number is zero, and times inf or NaN is NaN. One journey through memory and no temporary,
             # where `isfinite` takes ten times as long.
             self.blemish = (torch.stack(torch.aminmax(numbers)) * 0).sum()

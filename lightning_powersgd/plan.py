@@ -23,6 +23,10 @@ from lightning_powersgd.linalg import matrix_order
 # send more, tinier messages, larger ones start later and overlap less with the backward pass.
 DEFAULT_GROUP_BYTES = 25 * 2**20
 
+# What is sent whole and is as large as this travels alone, from where it lies: another message costs less than memory
+# for a copy of it.
+ALONE_BYTES = 2**20
+
 Side = Literal["left", "right"]
 SIDES: tuple[Side, Side] = ("left", "right")
 
@@ -144,6 +148,11 @@ class Slot:
         """Bytes of the gradient."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def travels_alone(self) -> bool:
+        """Whether the gradient travels in a collective of its own."""
+        return not self.rank and self.dense_bytes >= ALONE_BYTES
+
     def factor_bytes(self, side: Side) -> int:
         """Bytes of the factor of a side on the wire; none of what is sent whole."""
         return self.rank * self.length(side) * self.wire_dtype.itemsize if self.rank else 0
@@ -158,7 +167,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters whose payload travels in the same collective.
+    """Parameters whose payload travels in the same collective, but for what is sent whole and is large.
 
     Attributes:
         whole: slots that are sent whole.
@@ -205,7 +214,8 @@ class Plan:
         """Bytes of each collective of a compressed step, in their order; means when alternating.
 
         The right factors of a group travel with what comes first of the next, or alone if that has another dtype, or
-        if there is no next (see `hook`). Together they are `sent_bytes`.
+        if there is no next (see `hook`). What is sent whole and is large follows alone. Together they are
+        `sent_bytes`.
         """
         payloads: list[float] = []
         waiting, dtype = 0, None
@@ -214,7 +224,9 @@ class Plan:
                 payloads.append(waiting)
                 waiting = 0
             right = 0 if alternate else sum(slot.factor_bytes("right") for slot in group.compressed)
-            payloads.append(sum(slot.sent_bytes(alternate=alternate) for slot in group.slots) - right + waiting)
+            first = sum(slot.sent_bytes(alternate=alternate) for slot in group.slots if not slot.travels_alone) - right
+            payloads.append(first + waiting)
+            payloads += [slot.dense_bytes for slot in group.whole if slot.travels_alone]
             waiting, dtype = right, group.dtype
         payloads.append(waiting)
         return [payload for payload in payloads if payload]

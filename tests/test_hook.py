@@ -188,6 +188,96 @@ def _largest_temporary(compiled: bool, alternate: bool) -> tuple[int, int]:
     return temporaries.largest, model.module.weight.nbytes
 
 
+class Lookup(nn.Module):
+    """A compressed matrix, and an embedding of 2 MB that is sent whole."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(8000, 64, dtype=dtype)
+        self.linear = nn.Linear(64, 64, dtype=dtype)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.linear(self.embedding(indices)).square().sum()
+
+
+LOOKUP = {"rank": {"embedding.*": 0, "*": 2}}
+
+
+@pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
+def test_what_is_sent_whole_and_large_is_not_copied(two_ranks, alternate):
+    for largest, held, sent, planned in two_ranks.run(_look_up_once, alternate):
+        assert largest < 2**17
+        assert held < 2**17
+        assert sent == planned
+
+
+def _look_up_once(alternate: bool) -> tuple[int, int, list[int], list[float]]:
+    model, exchange = attach(Lookup(), **LOOKUP, alternate=alternate)
+    temporaries = Temporaries()
+    reduce = GradientExchange.reduce_bucket
+
+    def watched(*args: Any) -> Any:
+        with temporaries:
+            return reduce(*args)
+
+    with mock.patch.object(GradientExchange, "reduce_bucket", watched), counted_all_reduce() as sent:
+        model(torch.arange(10)).backward()
+    held = sum(wire.flat.nbytes for wire in exchange._wires)
+    # Of the two kinds of step when alternating, which are alike here.
+    return temporaries.largest, held, sent, exchange.state.plan.payloads(alternate=alternate)
+
+
+@pytest.mark.parametrize("accelerator", [False, True], ids=["", "as on an accelerator"])
+def test_a_large_whole_gradient_that_is_not_finite_spoils_the_step_and_leaves_no_trace(two_ranks, accelerator):
+    for spoiled, errors in two_ranks.run(_look_up_infinity, accelerator):
+        assert not any(gradient.isfinite().all() for gradient in spoiled.values())
+        assert torch.equal(*errors)
+
+
+def _look_up_infinity(accelerator: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+    errors = []
+    with like_an_accelerator(accelerator):
+        model, exchange = attach(Lookup(), **LOOKUP)
+        for step in range(2):
+            if step and dist.get_rank():
+                model.module.embedding.weight.register_hook(lambda gradient: gradient * torch.inf)
+            model.zero_grad()
+            model(torch.arange(10)).backward()
+            errors.append(exchange.state.errors["linear.weight"].clone())
+    spoiled = gradients(model.module)
+    del spoiled["linear.bias"]
+    return spoiled, errors
+
+
+@pytest.mark.parametrize("bucket_cap_mb", [None, 1e-6], ids=["default buckets", "one parameter a bucket"])
+@pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
+def test_steps_with_a_large_whole_parameter_equal_the_reference(two_ranks, alternate, bucket_cap_mb):
+    results = two_ranks.run(_look_up, alternate, bucket_cap_mb)
+    state = PowerSGDState(Lookup(torch.float64).named_parameters(), PowerSGDConfig(**LOOKUP, alternate=alternate))
+    (slot,) = state.plan.compressed
+    reference = Reference(lambda side: state.first_factor(slot, side).T, 2, alternate)
+    for (local, averaged), (others, same) in zip(*results, strict=True):
+        torch.testing.assert_close(averaged["linear.weight"], reference([local[slot.name], others[slot.name]]))
+        for name in ("embedding.weight", "linear.bias"):
+            assert torch.equal(averaged[name], local[name] / 2 + others[name] / 2)
+        assert all(torch.equal(gradient, same[name]) for name, gradient in averaged.items())
+
+
+def _look_up(alternate: bool, bucket_cap_mb: float | None) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    model, _ = attach(Lookup(torch.float64), bucket_cap_mb, **LOOKUP, alternate=alternate)
+    twin = Lookup(torch.float64)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    steps = []
+    for _ in range(4):
+        indices = torch.randint(8000, (100,), generator=generator)
+        for module in (model, twin):
+            module.zero_grad()
+            module(indices).backward()
+        steps.append((gradients(twin), gradients(model.module)))
+    return steps
+
+
 def test_many_buckets_are_many_groups(two_ranks):
     assert two_ranks.run(train, steps=1, bucket_cap_mb=1e-6)[0]["groups"] == 8
     assert two_ranks.run(train, steps=1)[0]["groups"] == 1

@@ -138,6 +138,14 @@ def test_what_travels_together():
     assert make_plan(named(b=(10,)), PowerSGDConfig()).payloads(alternate=False) == [40]
 
 
+def test_what_is_sent_whole_and_large_travels_alone_after_its_group():
+    # 1 MiB and just less; the matrices are of 50 × 50 at rank 2.
+    parameters = named(a=(50, 50), less=(2**18 - 1,), large=(2**18,), b=(50, 50), c=(50,))
+    plan = make_plan(parameters, PowerSGDConfig(), group_bytes=10_001)
+    assert plan.payloads(alternate=False) == [200 + 400, 400, 2**20, 2**20 - 4, 400, 400]
+    assert sum(plan.payloads(alternate=False)) == plan.sent_bytes(alternate=False)
+
+
 def test_complex_parameters_are_sent_whole():
     parameter = nn.Parameter(torch.empty(50, 50, dtype=torch.complex64))
     assert ranks([("c", parameter)]) == {"c": 0}
