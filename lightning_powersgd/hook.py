@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from lightning_powersgd.agreement import mean_over_ranks
 from lightning_powersgd.linalg import (
@@ -126,7 +127,8 @@ class GradientExchange:
         self._device = state.device
         self._wires: list[_Wire] = []
         self.used = {slot.name for slot in state.plan.compressed}
-        self._reached: set[str] | None = self._follow_use() if track_unused else None
+        self._reached: set[str] = set()
+        self._following = self._follow_use() if track_unused else []
         self._groups = self._make_groups(track_unused)
         self._place = {state.parameters[slot.name]: (group, slot) for group in self._groups for slot in group.slots}
         self._futures: list[tuple[Future[Tensor], Tensor]] = []
@@ -157,7 +159,7 @@ class GradientExchange:
         if bucket.is_last():
             self.state.finish_step()
             self.exchanging = False
-            if self._reached is not None:
+            if self._following:
                 self.used = self._reached.copy()
                 self._reached.clear()
         return future
@@ -191,6 +193,8 @@ class GradientExchange:
 
     def retire(self) -> None:
         """Let go of the accelerator's memory when a fit ends; the state stays, on the CPU, for a last checkpoint."""
+        for handle in self._following:
+            handle.remove()
         self.state.to(torch.device("cpu"))
         self._groups, self._wires, self._place = [], [], {}
 
@@ -206,17 +210,16 @@ class GradientExchange:
 
     def reached(self, name: str) -> bool:
         """Whether this rank's loss depends on a compressed parameter, in this step or a pass that was accumulated."""
-        return self._reached is None or name in self._reached
+        return not self._following or name in self._reached
 
-    def _follow_use(self) -> set[str]:
+    def _follow_use(self) -> list[RemovableHandle]:
         # A gradient does not tell: DDP hands over what an unused parameter still has in `grad` from the step before.
-        reached: set[str] = set()
-        for slot in self.state.plan.compressed:
-            parameter = self.state.parameters[slot.name]
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda _, name=slot.name: reached.add(name)
+        return [
+            self.state.parameters[slot.name].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda _, name=slot.name: self._reached.add(name)
             )
-        return reached
+            for slot in self.state.plan.compressed
+        ]
 
     def _make_groups(self, track_unused: bool) -> list["_GroupExchange"]:
         groups: list[_GroupExchange] = []

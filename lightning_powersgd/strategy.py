@@ -241,6 +241,7 @@ class PowerSGDStrategy(BaseStrategy):
             # What a parameter that is frozen now had is kept as a checkpoint would keep it.
             previous.average_errors()
             state.load_state_dict(previous.state.state_dict())
+            previous.retire()
         say = rank_zero_info if any(state.plan.compressed) else rank_zero_warn
         say(f"{state.plan.summary(alternate=self.config.alternate)}.")
 
