@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,7 @@ from lightning_powersgd.hook import GradientExchange, attach_powersgd
 from lightning_powersgd.metrics import CompressionMonitor
 from lightning_powersgd.plan import PowerSGDConfig, floating_dtype, require_int
 from lightning_powersgd.state import require_values
+from lightning_powersgd.untaken import UntakenGradients
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ class PowerSGDStrategy(BaseStrategy):
         self._parameters: tuple[torch.nn.Parameter, ...] = ()
         self._trainable: tuple[bool, ...] = ()
         self._next_check = 0
-        self._untaken = _UntakenGradients([])
+        self._untaken = UntakenGradients([])
 
     @property
     def exchange(self) -> GradientExchange | None:
@@ -248,7 +249,7 @@ class PowerSGDStrategy(BaseStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        self._untaken = _UntakenGradients(self.optimizers)
+        self._untaken = UntakenGradients(self.optimizers)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -393,59 +394,6 @@ class PowerSGDStrategy(BaseStrategy):
             self.model.reducer._remove_autograd_hooks()
             self.model = self.lightning_module
             self.configure_ddp()
-
-
-class _UntakenGradients:
-    """Warns, once, if averaged gradients are thrown away, since what compression left of them is not.
-
-    Args:
-        optimizers: those that may take the gradients.
-    """
-
-    def __init__(self, optimizers: Sequence[Any]) -> None:
-        self._optimizers = optimizers
-        self._waiting: dict[str, torch.Tensor] = {}
-        self._step = 0
-        self._warned = False
-        for optimizer in optimizers:
-            # Only Lightning's wrappers come to `optimizer_step`.
-            if isinstance(optimizer, Optimizer):
-                optimizer.register_step_post_hook(self.taken_by)
-
-    def averaged(self, exchange: GradientExchange) -> None:
-        """Note the gradients that a backward pass has averaged, if it has."""
-        state = exchange.state
-        if state.step > self._step and not exchange.alone:
-            self._waiting |= {name: state.parameters[name] for name in exchange.used & state.errors.keys()}
-        self._step = state.step
-
-    def look(self) -> None:
-        """Look for gradients that are gone and were not taken."""
-        gone = {name: parameter for name, parameter in self._waiting.items() if parameter.grad is None}
-        if not gone:
-            return
-        self._waiting = {name: parameter for name, parameter in self._waiting.items() if name not in gone}
-        held = set().union(*map(_parameters_of, self._optimizers))
-        lost = sorted(name for name, parameter in gone.items() if parameter in held)
-        if lost and not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                f"Gradients of {len(lost)} compressed parameters, such as {lost[0]!r}, were averaged and then thrown"
-                " away before their optimizer took a step. What compression left of them stays in the error buffers and"
-                " goes into later steps, where it does harm. Put each optimizer's part of `training_step` between"
-                " `self.toggle_optimizer(optimizer)` and `self.untoggle_optimizer(optimizer)`, and use"
-                " `find_unused_parameters=True`, so that a loss reaches no other optimizer's parameters."
-            )
-
-    def taken_by(self, optimizer: Optimizer, *_: Any) -> None:
-        """Note that an optimizer takes a step."""
-        if self._waiting:
-            taken = _parameters_of(optimizer)
-            self._waiting = {name: parameter for name, parameter in self._waiting.items() if parameter not in taken}
-
-
-def _parameters_of(optimizer: Optimizer) -> set[torch.Tensor]:
-    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _reject_conflicts(**arguments: Any) -> None:
