@@ -552,6 +552,7 @@ def _train_mixed() -> bool:
     return True
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch 2.4 cannot broadcast complex tensors with gloo")
 @pytest.mark.parametrize("spoiled", [False, True], ids=["finite", "not finite"])
 def test_complex_parameters_are_averaged_beside_compressed_ones(two_ranks, spoiled):
     for found, expected in two_ranks.run(_train_complex, spoiled):
