@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
+from lightning_powersgd.linalg import as_real
+
 T = TypeVar("T")
 
 
@@ -123,7 +125,7 @@ def repair_replicas(tensors: Mapping[str, Tensor], process_group: dist.ProcessGr
     deviations = torch.zeros(len(tensors), device=device)
     for index, tensor in enumerate(tensors.values()):
         right = tensor.detach().to(device, copy=True).contiguous()
-        dist.broadcast(_as_real(right), first, group=process_group)
+        dist.broadcast(as_real(right), first, group=process_group)
         distance = _distance(tensor.detach().to(device), right) / _distance(right).clamp(min=1e-30)
         deviations[index] = distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
         tensor.detach().copy_(right)
@@ -176,7 +178,7 @@ def consensus_distance(
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     device = next(iter(tensors.values())).device
-    values = [_as_real(tensor) for tensor in tensors.values()]
+    values = [as_real(tensor) for tensor in tensors.values()]
     if not exact:
         values = [_sketch(values, device)]
     squared = torch.zeros((), dtype=torch.float64, device=device)
@@ -234,12 +236,8 @@ def differing(
 
 def _distance(a: Tensor, b: Tensor | float = 0.0) -> Tensor:
     difference = (a if a.is_floating_point() or a.is_complex() else a.double()) - b
-    distance: Tensor = torch.linalg.vector_norm(_as_real(difference), dtype=torch.float64)
+    distance: Tensor = torch.linalg.vector_norm(as_real(difference), dtype=torch.float64)
     return distance
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def all_ranks_come(position: str, patience: timedelta, process_group: dist.ProcessGroup | None = None) -> bool:

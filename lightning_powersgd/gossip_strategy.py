@@ -165,7 +165,7 @@ class PowerGossipStrategy(BaseStrategy):
             self.add_monitor(trainer)
         # Setting up gives all ranks the first one's model.
         keeps_own = not self.average_model and (resumed or not fitting)
-        own_model = _copies(self._all_tensors()) if keeps_own else {}
+        own_model = _copies(self._tensors()) if keeps_own else {}
         super().setup(trainer)
         self._assign(own_model)
         if not fitting:
@@ -238,7 +238,7 @@ class PowerGossipStrategy(BaseStrategy):
         super().on_validation_end()
         own_model, self._own_model = self._own_model or {}, None
         # What validation wrote to a buffer, such as the best result so far, stays.
-        tensors = self._all_tensors()
+        tensors = self._tensors()
         for name, average in self._average_buffers.items():
             if name not in tensors or not torch.equal(tensors[name], average):
                 own_model.pop(name, None)
@@ -338,27 +338,21 @@ class PowerGossipStrategy(BaseStrategy):
             self._exchanges[optimizer] = exchange
         return exchange
 
-    def _all_tensors(self) -> dict[str, Tensor]:
-        """Give all parameters and buffers by name; one that has two names has both."""
+    def _tensors(self, *, once: bool = False) -> dict[str, Tensor]:
+        """Give all parameters and buffers by name: one that has two names has both, or the first alone."""
         assert self.lightning_module is not None
         module = self.lightning_module
-        named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        named = (*module.named_parameters(remove_duplicate=once), *module.named_buffers(remove_duplicate=once))
         return {name: tensor.detach() for name, tensor in named}
 
-    def _model_tensors(self) -> dict[str, Tensor]:
-        """Give all parameters, and all buffers that have a mean, by name."""
-        assert self.lightning_module is not None
-        named = (*self.lightning_module.named_parameters(), *self.lightning_module.named_buffers())
-        return {name: tensor.detach() for name, tensor in named if _has_mean(tensor)}
-
     def _assign(self, values: Mapping[str, Tensor]) -> None:
-        tensors = self._all_tensors()
+        tensors = self._tensors()
         for name, value in values.items():
             tensors[name].copy_(value)
 
     def _own_values(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
         """Give the entries of a state dict that hold the average model, as this rank's own model has them."""
-        tensors, own_model = self._all_tensors(), self._own_model or {}
+        tensors, own_model = self._tensors(), self._own_model or {}
         own = {tensors[name].data_ptr(): value for name, value in own_model.items()}
         return {
             name: own[value.data_ptr()]
@@ -368,7 +362,8 @@ class PowerGossipStrategy(BaseStrategy):
 
     def _differing_tensors(self) -> dict[str, Tensor]:
         """Give what there is to average: frozen parameters, for one, are the same on all ranks."""
-        return differing(in_common(self._model_tensors()), self.root_device)
+        tensors = {name: tensor for name, tensor in self._tensors(once=True).items() if _has_mean(tensor)}
+        return differing(in_common(tensors), self.root_device)
 
     def _adopt_average(self, tensors: Mapping[str, Tensor]) -> None:
         """Make the average over all ranks this rank's own."""

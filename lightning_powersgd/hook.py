@@ -33,6 +33,7 @@ from lightning_powersgd.agreement import mean_over_ranks
 from lightning_powersgd.linalg import (
     add_scaled,
     as_matrix,
+    as_real,
     assign,
     decompress,
     half_gain,
@@ -447,7 +448,8 @@ class _GroupExchange:
             matrix.decompress(self._sent, own, factors[self._sent], keep_this)
             for side, factor in factors.items():
                 self._state.keep_factor(name, side, factor, keep_this)
-            if self._track_unused and self._exchange.scaled:
+            # What the step has written anew is at its scale already.
+            if self._track_unused and self._exchange.scaled and keep_this is not True:
                 ratio = torch.as_tensor(self._exchange.scale, device=self._wire.flat.device)
                 self._state.rescale(name, torch.where(keep & (self._flags[name] == 0), ratio, 1.0))
 
@@ -586,10 +588,9 @@ class _Wire:
             if work is not None:
                 work.wait()
             self._in_flight = None
-            numbers = torch.view_as_real(payload) if payload.is_complex() else payload
             # Zero times a number is zero, and times inf or NaN is NaN. One journey through memory and no temporary,
             # where `isfinite` takes ten times as long.
-            self.blemish = (torch.stack(torch.aminmax(numbers)) * 0).sum()
+            self.blemish = (torch.stack(torch.aminmax(as_real(payload))) * 0).sum()
 
 
 def _gradients(bucket: GradBucket) -> list[Tensor]:

@@ -83,6 +83,11 @@ def permute_columns(factor: Tensor, shape: tuple[int, ...], order: tuple[int, ..
     return factor.view(rank, *shape[1:]).permute(order).reshape(rank, -1)
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """View complex numbers as pairs of real ones; give real ones back as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Orthonormalise a factor: the rows of the result are orthonormal and span the rows of the input.
 

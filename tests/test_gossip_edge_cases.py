@@ -36,6 +36,12 @@ def saved(file: str | Path) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
+def saving(root: str, *callbacks: Callback, strategy: Any = "powergossip", max_epochs: int = 1) -> Trainer:
+    """Make a trainer that saves checkpoints, with callbacks of which some do."""
+    options = {"callbacks": list(callbacks), "max_epochs": max_epochs, "enable_checkpointing": True}
+    return trainer(strategy, root=root, alike=False, **options)
+
+
 # Optimizers
 
 
@@ -302,15 +308,7 @@ def _average_over_time(root: str) -> list[float]:
 
     averaging, keep = EMAWeightAveraging(decay=0.5), Keep()
     saver = ModelCheckpoint(root, "in_validation", save_on_train_epoch_end=False, enable_version_counter=False)
-    run = trainer(
-        "powergossip",
-        root=root,
-        alike=False,
-        max_epochs=1,
-        enable_checkpointing=True,
-        callbacks=[averaging, keep, saver],
-    )
-    run.fit(Classifier(), loader(), loader(32, shuffle=False))
+    saving(root, averaging, keep, saver).fit(Classifier(), loader(), loader(32, shuffle=False))
     content = saved(f"{root}/in_validation.ckpt")
     return [
         deviation(content["state_dict"], mean(keep.average)),
@@ -351,20 +349,12 @@ def _save_alone_in_validation(root: str) -> dict[str, Tensor]:
             self.model = state(pl_module)
 
     keep, saver = Keep(), OnExceptionCheckpoint(root)
-    run = trainer(
-        "powergossip",
-        root=root,
-        alike=False,
-        max_epochs=1,
-        enable_checkpointing=True,
-        callbacks=[keep, FailInValidation(), saver],
-    )
     with (
         mock.patch.object(saver, "on_exception") if dist.get_rank() else contextlib.nullcontext(),
         mock.patch("lightning_powersgd.base_strategy.PATIENCE", timedelta(seconds=0.1)),
         pytest.raises(ValueError, match="failed"),
     ):
-        run.fit(Tied(), loader(), loader(32, shuffle=False))
+        saving(root, keep, FailInValidation(), saver).fit(Tied(), loader(), loader(32, shuffle=False))
     dist.barrier()
     return keep.model
 
@@ -386,13 +376,11 @@ def _fail_around_validation(root: str) -> None:
         def on_train_epoch_end(self, *_: Any) -> None:
             raise ValueError("failed")
 
-    callbacks = [FailAround(), OnExceptionCheckpoint(root)]
-    run = trainer("powergossip", root=root, alike=False, max_epochs=1, enable_checkpointing=True, callbacks=callbacks)
     with (
         mock.patch("lightning_powersgd.base_strategy.PATIENCE", timedelta(seconds=1)),
         pytest.raises(ValueError, match="failed"),
     ):
-        run.fit(Local(), loader(32), loader(32, shuffle=False))
+        saving(root, FailAround(), OnExceptionCheckpoint(root)).fit(Local(), loader(32), loader(32, shuffle=False))
     dist.barrier()
 
 
@@ -422,8 +410,7 @@ def _link(root: str) -> None:
             dist.barrier()
 
     with mock.patch.object(strategy, "remove_checkpoint", remove_first_at_rank_1):
-        run = trainer(strategy, root=root, alike=False, max_epochs=3, callbacks=[saver], enable_checkpointing=True)
-        run.fit(Classifier(), loader(32))
+        saving(root, saver, strategy=strategy, max_epochs=3).fit(Classifier(), loader(32))
 
 
 def test_each_rank_resumes_its_own_model_with_layers_that_were_unfrozen(fit):
