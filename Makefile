@@ -23,8 +23,10 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 # Unit, multi-process and trainer tests, and the doctests of the package.
+# And those of the trainer once more for a program that imports `pytorch_lightning`.
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest
+	$(BIN)/python tests/other_namespace.py tests/strategies/test_powersgd.py tests/strategies/test_launch.py
 
 docs: $(VENV)/.installed
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build

@@ -1,34 +1,64 @@
 """PowerSGD gradient compression for PyTorch Lightning, as a one-line switch.
 
-Importing the package registers the strategy names ``powersgd``, ``powersgd_spawn``, ``powersgd_fork`` and
+It works with `lightning` and with `pytorch_lightning`, and imports neither. With each that the program imports it
+registers the strategy names ``powersgd``, ``powersgd_spawn``, ``powersgd_fork`` and
 ``powersgd_notebook``, each also with the suffix ``_find_unused_parameters_true``; and ``powergossip`` with the first
 three endings.
 """
 
-from lightning.pytorch.strategies import StrategyRegistry
+from __future__ import annotations
 
-from lightning_powersgd.agreement import consensus_distance
-from lightning_powersgd.forecast import Forecast, LinkForecast, forecast_exchange
-from lightning_powersgd.gossip import GossipExchange, PowerGossipConfig
-from lightning_powersgd.gossip_strategy import PowerGossipStrategy
-from lightning_powersgd.hook import GradientExchange, attach_powersgd
-from lightning_powersgd.metrics import (
+from typing import TYPE_CHECKING, Any
+
+from lightning_powersgd.compressor.config import PowerSGDConfig
+from lightning_powersgd.compressor.plan import Plan, make_plan
+from lightning_powersgd.compressor.state import PowerSGDState
+from lightning_powersgd.exchange.averages import consensus_distance
+from lightning_powersgd.exchange.core import GradientExchange
+from lightning_powersgd.exchange.ddp import attach_powersgd
+from lightning_powersgd.exchange.gossip import GossipExchange, PowerGossipConfig
+from lightning_powersgd.exchange.topology import Topology, make_topology
+from lightning_powersgd.metrics import monitors
+from lightning_powersgd.metrics.compression import (
     BytesSaved,
     BytesSent,
-    CompressionMonitor,
     CompressionRatio,
     ConsensusDistance,
-    GossipMonitor,
     ResidualRatio,
 )
-from lightning_powersgd.plan import Plan, PowerSGDConfig, make_plan
-from lightning_powersgd.state import PowerSGDState
-from lightning_powersgd.strategy import PowerSGDStrategy
-from lightning_powersgd.topology import Topology, make_topology
+from lightning_powersgd.namespaces import in_use, when_imported
+from lightning_powersgd.planner.forecast import Forecast, LinkForecast, forecast_exchange
+from lightning_powersgd.strategies import fabric, powergossip, powersgd
 from lightning_powersgd.version import __version__
 
-PowerSGDStrategy.register_strategies(StrategyRegistry)
-PowerGossipStrategy.register_strategies(StrategyRegistry)
+if TYPE_CHECKING:
+    from lightning_powersgd.metrics.monitors import CompressionMonitor, GossipMonitor
+    from lightning_powersgd.strategies.fabric import PowerSGDFabricStrategy
+    from lightning_powersgd.strategies.powergossip import PowerGossipStrategy
+    from lightning_powersgd.strategies.powersgd import PowerSGDStrategy
+
+# What is Lightning's too, in whose namespace the program uses.
+_JOINED = {
+    cls.__name__: cls
+    for cls in (
+        monitors.CompressionMonitor,
+        monitors.GossipMonitor,
+        fabric.PowerSGDFabricStrategy,
+        powergossip.PowerGossipStrategy,
+        powersgd.PowerSGDStrategy,
+    )
+}
+
+when_imported(powersgd.PowerSGDStrategy, "strategies.StrategyRegistry")
+when_imported(fabric.PowerSGDFabricStrategy, "strategies.STRATEGY_REGISTRY")
+when_imported(powergossip.PowerGossipStrategy, "strategies.StrategyRegistry")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _JOINED:
+        return in_use(_JOINED[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BytesSaved",
@@ -45,6 +75,7 @@ __all__ = [
     "PowerGossipConfig",
     "PowerGossipStrategy",
     "PowerSGDConfig",
+    "PowerSGDFabricStrategy",
     "PowerSGDState",
     "PowerSGDStrategy",
     "ResidualRatio",

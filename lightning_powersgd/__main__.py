@@ -2,7 +2,7 @@
 
 import sys
 
-from lightning_powersgd.command import main
+from lightning_powersgd.planner.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

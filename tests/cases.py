@@ -14,7 +14,7 @@ from nets import attach, like_an_accelerator, with_compiled_code
 from torch import Tensor, nn
 
 from lightning_powersgd import Plan, PowerSGDConfig, PowerSGDState, make_plan
-from lightning_powersgd.plan import Slot
+from lightning_powersgd.compressor.plan import Slot
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,7 @@ class Run:
         errors: before and after each step; 0 for a parameter that has no error buffer.
         factors: before and after each step, with their magnitudes.
         sent: bytes that the exchange says it sent in each step.
+        supports: how many of those tell where a drawn basis may reach.
         saved: the state as a file, saved after averaging the errors.
         dropped: what loading the state reported.
         start: the first step of the run.
@@ -179,6 +180,7 @@ class Run:
     errors: Any
     factors: Any
     sent: list[int] = field(default_factory=list)
+    supports: list[int] = field(default_factory=list)
     saved: bytes = b""
     dropped: list[str] = field(default_factory=list)
     start: int = 0
@@ -200,6 +202,7 @@ def play(case: Case, start: int = 0, saved: bytes | None = None) -> Run:
             if scaler is not None:
                 scaler.load_state_dict({**scaler.state_dict(), "scale": case.scale(step)})
             before = _memory(model.module, state)
+            run.supports.append(support_bytes(state))
             model([case.gradient(step, dist.get_rank(), index) for index in range(len(case.parameters))]).backward()
             after = _memory(model.module, state)
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.module.parameters()]
@@ -215,6 +218,16 @@ def play(case: Case, start: int = 0, saved: bytes | None = None) -> Run:
         run.alone = exchange.alone
     run.averaged, run.errors, run.factors = (torch.stack(t).numpy() for t in (run.averaged, run.errors, run.factors))
     return run
+
+
+def support_bytes(state: PowerSGDState) -> int:
+    """The bytes that the next step sends so that a drawn basis reaches no zero row or column."""
+    return sum(
+        slot.length(state.held) * group.dtype.itemsize
+        for group in state.plan.groups
+        for slot in group.compressed
+        if state.held in state.drawn[slot.name]
+    )
 
 
 def _memory(module: nn.Module, state: PowerSGDState) -> tuple[Tensor, Tensor]:

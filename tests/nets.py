@@ -1,4 +1,4 @@
-"""A small net with compressed and whole parameters, and its data, for tests of the exchange."""
+"""Nets that several floors' tests share: a small one with compressed and whole parameters, and a ResNet-18's shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_powersgd import PowerSGDConfig, attach_powersgd, native
+from lightning_powersgd import PowerSGDConfig, attach_powersgd
+from lightning_powersgd.compressor import native
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of normal numbers that depends only on its shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
 
 
 def make_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -45,9 +51,32 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def like_an_accelerator(yes: bool):
     """Let the exchange go the way it goes where the host does not wait for the device."""
-    return mock.patch("lightning_powersgd.hook._waits_for", return_value=False) if yes else contextlib.nullcontext()
+    return (
+        mock.patch("lightning_powersgd.compressor.verdict._waits_for", return_value=False)
+        if yes
+        else contextlib.nullcontext()
+    )
 
 
 def with_compiled_code(yes: bool):
     """Compute with compiled code, or with PyTorch's operations as where there is no compiler."""
     return contextlib.nullcontext() if yes else mock.patch.object(native, "library", return_value=None)
+
+
+# ResNet-18 in its form for CIFAR-10, as in the paper: every convolution and the head, with the shapes of their weights.
+RESNET_STAGES = [(64, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512)]
+
+
+def resnet18_parameters() -> list[tuple[str, Tensor]]:
+    parameters = {"conv1.weight": (64, 3, 3, 3), "bn1.weight": (64,), "bn1.bias": (64,)}
+    for block, (inputs, outputs) in enumerate(RESNET_STAGES):
+        for layer, channels in (("1", inputs), ("2", outputs)):
+            parameters[f"block{block}.conv{layer}.weight"] = (outputs, channels, 3, 3)
+            parameters[f"block{block}.bn{layer}.weight"] = (outputs,)
+            parameters[f"block{block}.bn{layer}.bias"] = (outputs,)
+        if inputs != outputs:
+            parameters[f"block{block}.shortcut.conv.weight"] = (outputs, inputs, 1, 1)
+            parameters[f"block{block}.shortcut.bn.weight"] = (outputs,)
+            parameters[f"block{block}.shortcut.bn.bias"] = (outputs,)
+    parameters |= {"head.weight": (10, 512), "head.bias": (10,)}
+    return [(name, nn.Parameter(torch.empty(shape))) for name, shape in parameters.items()]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning_powersgd
 from lightning_powersgd import make_topology
-from lightning_powersgd.topology import TOPOLOGIES
+from lightning_powersgd.exchange.topology import TOPOLOGIES
 
 DOCS = Path(__file__).parents[1] / "docs"
 GOSSIP = (DOCS / "gossip.md").read_text()
@@ -25,7 +25,7 @@ def quoted_messages() -> list[str]:
 
 
 def test_the_messages_that_pages_quote_are_those_of_the_package():
-    sources = Path(lightning_powersgd.__file__).parent.glob("*.py")
+    sources = Path(lightning_powersgd.__file__).parent.rglob("*.py")
     # Strings that stand in several lines are one.
     said = re.sub(r'"\s*f?"', "", "\n".join(source.read_text() for source in sources))
     for message in quoted_messages():

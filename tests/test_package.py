@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib
 import inspect
 import re
@@ -14,12 +16,23 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 import lightning_powersgd
-from lightning_powersgd import PowerSGDStrategy
+from lightning_powersgd import PowerGossipStrategy, PowerSGDStrategy
 
-ROOMS_BELOW = (
-    *("native", "linalg", "plan", "state", "agreement", "hook", "topology", "gossip"),
-    *("forecast", "targets", "report", "command"),
-)
+PACKAGE = Path(lightning_powersgd.__file__).parent
+# By floor, the floors that it may import, beside its own. What no floor holds stands at the top of the package.
+BELOW: dict[str, set[str]] = {
+    "version": set(),
+    "lightning_types": set(),
+    "namespaces": set(),
+    "compressor": set(),
+    "exchange": {"compressor"},
+    "planner": {"compressor", "exchange", "version"},
+    "metrics": {"compressor", "exchange", "lightning_types", "namespaces"},
+    "strategies": {"compressor", "exchange", "lightning_types", "metrics", "namespaces", "version"},
+    "__main__": {"planner"},
+    "__init__": {"compressor", "exchange", "metrics", "namespaces", "strategies", "planner", "version"},
+}
+WITHOUT_LIGHTNING = ("compressor", "exchange", "planner")
 NAMES = [
     f"powersgd{suffix}{ending}"
     for suffix in ("", "_spawn", "_fork", "_notebook")
@@ -33,7 +46,7 @@ package = types.ModuleType("lightning_powersgd")
 package.__path__ = [{path!r}]
 sys.modules["lightning_powersgd"] = package
 for room in {rooms!r}:
-    __import__("lightning_powersgd." + room)
+    __import__(room)
 # Lightning, and what only the program `lightning-powersgd` needs, and only for some of its output.
 kept_out = {{"lightning", "pytorch_lightning", "torchmetrics", "rich", "matplotlib"}}
 found = [name for name in sys.modules if name.split(".")[0] in kept_out]
@@ -41,26 +54,68 @@ sys.exit(f"imported {{found[:3]}}" if found else 0)
 """
 
 
-def load_without_lightning(rooms: tuple[str, ...]) -> int:
-    path = str(Path(lightning_powersgd.__file__).parent)
-    code = LOAD_WITHOUT_LIGHTNING.format(path=path, rooms=rooms)
+def rooms_of(*floors: str) -> dict[str, str]:
+    """The modules of floors, by name, with their source."""
+    rooms = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        rooms[".".join(parts[:-1] if len(parts) > 2 and parts[-1] == "__init__" else parts)] = path.read_text()
+    return {name: text for name, text in rooms.items() if name.split(".")[1] in floors}
+
+
+def imports_of(text: str) -> set[str]:
+    """The rooms of this package that a module imports, also those that it imports in a function or for its types."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    found = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+    rooms = rooms_of(*BELOW)
+    found = {name if name in rooms else name.rpartition(".")[0] for name in found}
+    return found & rooms.keys()
+
+
+def imports_that_point_up(floor: str, text: str) -> set[str]:
+    return {name for name in imports_of(text) if name.split(".")[1] not in {floor, *BELOW[floor]}}
+
+
+def load_without_lightning(*floors: str) -> int:
+    code = LOAD_WITHOUT_LIGHTNING.format(path=str(PACKAGE), rooms=list(rooms_of(*floors)))
     return subprocess.run([sys.executable, "-c", code], check=False).returncode
 
 
-def test_the_rooms_below_the_line_do_not_import_lightning():
-    assert load_without_lightning(ROOMS_BELOW) == 0
+def test_the_floors_below_the_line_do_not_import_lightning():
+    assert load_without_lightning(*WITHOUT_LIGHTNING) == 0
 
 
-def test_the_check_above_can_fail():
-    assert load_without_lightning(("strategy",)) != 0
+@pytest.mark.parametrize("floor", ["metrics", "strategies"])
+def test_the_check_above_can_fail(floor):
+    assert load_without_lightning(floor) != 0
 
 
-def test_imports_point_one_way():
-    order = [*ROOMS_BELOW, "metrics", "untaken", "base_strategy", "strategy", "gossip_strategy"]
-    for position, room in enumerate(order):
-        text = (Path(lightning_powersgd.__file__).parent / f"{room}.py").read_text()
-        for above in order[position:]:
-            assert f"from lightning_powersgd.{above} import" not in text, f"{room} imports {above}"
+def test_every_room_stands_on_a_floor():
+    assert {name.split(".")[1] for name in rooms_of(*BELOW)} == BELOW.keys()
+    assert len(rooms_of(*BELOW)) == len(list(PACKAGE.rglob("*.py")))
+
+
+@pytest.mark.parametrize("floor", BELOW)
+def test_imports_point_down(floor):
+    for room, text in rooms_of(floor).items():
+        assert not imports_that_point_up(floor, text), room
+
+
+@pytest.mark.parametrize(
+    ("floor", "text"),
+    [
+        ("compressor", "from lightning_powersgd.exchange.ddp import attach_powersgd"),
+        ("exchange", "def f():\n    from lightning_powersgd.metrics import CompressionRatio"),
+        ("planner", "from lightning_powersgd.strategies import powersgd"),
+    ],
+)
+def test_the_check_of_imports_can_fail(floor, text):
+    assert imports_that_point_up(floor, text)
+
+
+def test_no_room_imports_itself_by_way_of_others():
+    order = graphlib.TopologicalSorter({room: imports_of(text) - {room} for room, text in rooms_of(*BELOW).items()})
+    assert len(list(order.static_order())) == len(rooms_of(*BELOW))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,8 +149,13 @@ def test_the_arguments_of_ddp_strategy_are_all_there():
     ours = inspect.signature(PowerSGDStrategy.__init__).parameters
     assert theirs <= set(ours)
     assert all(parameter.annotation is not parameter.empty for name, parameter in ours.items() if name != "self")
-    documented = inspect.getdoc(PowerSGDStrategy)
-    assert all(f"\n    {name}: " in documented for name in ours if name not in ("self", "ddp_kwargs"))
+
+
+@pytest.mark.parametrize("strategy", [PowerSGDStrategy, PowerGossipStrategy])
+def test_a_strategy_documents_every_argument_once_in_the_order_of_its_signature(strategy):
+    arguments = list(inspect.signature(strategy).parameters)
+    documented = re.findall(r"^    \*{0,2}(\w+): ", inspect.getdoc(strategy).split("Raises:")[0], re.MULTILINE)
+    assert documented == arguments
 
 
 def test_everything_public_is_documented():

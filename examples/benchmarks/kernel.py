@@ -185,6 +185,7 @@ def measure(name: str, rank: int, working_set: WorkingSet, repeats: int) -> Samp
     """Measure one shape at one rank: all hooks and limits take turns, in an order that changes."""
     # Imports Lightning, which takes seconds that `--help` need not wait.
     from lightning_powersgd import GradientExchange, PowerSGDState
+    from lightning_powersgd.exchange.ddp import DDPBuckets
 
     theirs = torch_powersgd_state(rank)
     named = [(str(index), parameter) for index, parameter in enumerate(working_set.parameters)]
@@ -192,8 +193,8 @@ def measure(name: str, rank: int, working_set: WorkingSet, repeats: int) -> Samp
         ("hook", "PyTorch's hook"): lambda: working_set.step(lambda bucket: powerSGD_hook(theirs, bucket))
     }
     for family in OURS:
-        exchange = GradientExchange(PowerSGDState(named, Contestant(family, rank).config(), BUCKET_BYTES))
-        work["hook", family] = lambda exchange=exchange: working_set.step(exchange.reduce_bucket)
+        buckets = DDPBuckets(GradientExchange(PowerSGDState(named, Contestant(family, rank).config(), BUCKET_BYTES)))
+        work["hook", family] = lambda buckets=buckets: working_set.step(buckets.reduce)
         alternating = family == "alternating"
         work["limit", family] = lambda alternating=alternating: working_set.passes(alternating=alternating)
     for (kind, _), task in work.items():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_powersgd import PowerSGDState, PowerSGDStrategy
-from lightning_powersgd.state import FORMAT_VERSION
+from lightning_powersgd.compressor.checkpoint import FORMAT_VERSION
 
 FOLDER = Path(__file__).parent
 

@@ -29,7 +29,7 @@ class LeaveParameters(Callback):
 
 def main(strategy: str, directory: str) -> None:
     torch.set_num_threads(1)
-    Trainer(
+    trainer = Trainer(
         strategy=strategy,
         accelerator="cpu",
         devices=2,
@@ -39,7 +39,11 @@ def main(strategy: str, directory: str) -> None:
         enable_progress_bar=False,
         default_root_dir=directory,
         callbacks=[LeaveParameters(directory)],
-    ).fit(Classifier(), loader())
+    )
+    trainer.fit(Classifier(), loader())
+    if strategy != "powersgd":
+        # Spawned processes have ended, and this one saves alone.
+        trainer.save_checkpoint(Path(directory) / "after.ckpt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Factors as bases: orthonormal, scaled, or random."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from lightning_powersgd.compressor.verdict import known
+
+
+def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthonormalise a factor: the rows of the result are orthonormal and span the rows of the input.
+
+    Householder reflections keep ``‖P̂ P̂ᵀ − I‖`` at rounding level whatever the condition of the input, and complete
+    the basis where the input is zero or rank-deficient. Half precision is computed in float32.
+
+    Columns of zeros stay exactly zero, unless all are: a row or column that no rank's gradient has must not move, such
+    as an embedding's for padding. From a basis of full rank this takes rounding only. What completes another is
+    shortened, and P̂ P̂ᵀ projects a little less than all the way.
+
+    Args:
+        factor: (r, k) with r ≤ k, or several of them, (…, r, k).
+        dtype: of the result.
+
+    Returns:
+        Of the factor's shape, contiguous.
+    """
+    wide = factor.to(torch.promote_types(dtype, torch.float32))
+    basis: Tensor = torch.linalg.qr(wide.mT, mode="reduced").Q.mT
+    basis = basis.to(dtype).contiguous()
+    there = factor.any(dim=-2, keepdim=True)
+    if known(there.all()) is True:
+        # As nearly always: many small factors spend their time in such small operations.
+        return basis
+    return basis.mul_(there | ~there.any(dim=-1, keepdim=True))
+
+
+def unique_basis(factor: Tensor, trace: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthonormalise a factor to the same basis on unlike processors, but for the last bits.
+
+    Computed in float64. Of the signs that a basis may have, it has those of Gram and Schmidt's. Where the factor's rows
+    are dependent, the trace chooses what completes the basis, where `orthonormal` leaves that to rounding.
+
+    Args:
+        factor: (r, k) with r ≤ k.
+        trace: (r, k), random, and small beside the factor; the same wherever the basis is to be the same.
+        dtype: of the result.
+
+    Returns:
+        (r, k), contiguous.
+    """
+    wide = factor.double() + trace
+    if len(wide) == 1:
+        basis: Tensor = wide / torch.linalg.vector_norm(wide)
+    else:
+        columns, triangle = torch.linalg.qr(wide.mT, mode="reduced")
+        basis = (columns * triangle.diagonal().sign()).mT
+    return basis.to(dtype, memory_format=torch.contiguous_format)
+
+
+def normalize_rows(factor: Tensor, fallback: Tensor) -> Tensor:
+    """Scale each row of a warm-start factor to a largest entry of 1; a row of zeros gives way to the fallback's.
+
+    The span is what a factor carries, not its length, and ``M Q`` with a Q as small as the gradient would underflow. A
+    row of zeros (a gradient that was zero, or of lower rank than r) would lock its direction out of every later step.
+
+    Args:
+        factor: (…, r, k).
+        fallback: (…, r, k), rows already scaled.
+
+    Returns:
+        (…, r, k), of the fallback's dtype.
+    """
+    largest = factor.abs().amax(dim=-1, keepdim=True)
+    return torch.where(largest > 0, factor / largest, fallback).to(fallback.dtype)
+
+
+def random_factor(draw: str, rank: int, length: int) -> Tensor:
+    """Draw a random factor on the CPU, the same wherever the same is to be drawn.
+
+    Args:
+        draw: what it is for, and the seed.
+        rank: r.
+        length: k.
+
+    Returns:
+        (r, k), float32.
+    """
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(draw.encode()).digest()[:8], "little"))
+    return torch.randn(rank, length, generator=generator, device="cpu", dtype=torch.float32)

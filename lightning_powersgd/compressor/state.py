@@ -1,0 +1,348 @@
+"""What the compressor remembers between steps, keyed by parameter name.
+
+| what | shape | dtype | owner |
+|---|---|---|---|
+| error buffer | the parameter's | ``error_dtype`` | local to the rank; only the mean over ranks affects training |
+| left factor P, right factor Q | (r, n), (r, m) | the payload's | the same on all ranks |
+| magnitudes of the rows of both, for a float16 payload | (r, 1) | float32 | the same on all ranks |
+| loss scale that errors and magnitudes refer to | scalar | float32 | the same on all ranks |
+| step, byte counts | numbers | | the same on all ranks |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_powersgd.compressor.basis import normalize_rows, random_factor
+from lightning_powersgd.compressor.checkpoint import (
+    FORMAT_VERSION,
+    load_entry,
+    make_entry,
+    require_readable,
+    rescaled_entry,
+    with_tensors,
+)
+from lightning_powersgd.compressor.codec import FIRST_MAGNITUDE, saturated
+from lightning_powersgd.compressor.config import PowerSGDConfig
+from lightning_powersgd.compressor.parameters import common_device, parameter_name
+from lightning_powersgd.compressor.passes import assign
+from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, SIDES, Plan, Side, Slot, make_plan, other_side
+from lightning_powersgd.compressor.verdict import Verdict
+
+
+class PowerSGDState:
+    """Error buffers, factors and step of one model.
+
+    Args:
+        named_parameters: as `torch.nn.Module.named_parameters` gives them, already on their device.
+        config: the settings.
+        group_bytes: gradient bytes after which a group of parameters that travel together is closed.
+        arrival: names in the order in which a step makes their gradients; ``None``: the last registered first.
+
+    Attributes:
+        config: the settings.
+        plan: which parameter is compressed, and how.
+        parameters: the trainable parameters by name.
+        errors: error buffers by name; empty without error feedback.
+        factors: by name, the factors held for the next step, by side.
+        magnitudes: by name and side, the largest magnitude in each row of the last averaged factor, (r, 1); only of
+            factors that travel in float16.
+        drawn: by name, the sides of factors that hold a row as it was drawn, not yet computed from gradients; only of
+            alternating steps, since a full step holds nothing but what it makes of such a row.
+        loss_scale: that the gradients were multiplied by from which errors and magnitudes came, a scalar.
+        averaged: whether the error buffers are the mean over ranks already, and so alike on all of them.
+        exact: set this to send gradients whole, whatever the step, until it is unset.
+        step: synchronised backward passes so far.
+        dense_bytes: gradient bytes of the last step, as plain all-reduce would have sent them.
+        sent_bytes: bytes handed to collectives for gradients in the last step.
+        total_dense_bytes: ``dense_bytes``, added up over all steps.
+        total_sent_bytes: ``sent_bytes``, added up over all steps, and what averaging the errors has sent.
+
+    Raises:
+        ValueError: if the parameters lie on several devices or on none, a pattern of the rank matches nothing,
+            or ``arrival`` lacks a trainable parameter.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        config: PowerSGDConfig,
+        group_bytes: int = DEFAULT_GROUP_BYTES,
+        arrival: Iterable[str] | None = None,
+    ) -> None:
+        named = list(named_parameters)
+        self.config = config
+        self.plan: Plan = make_plan(named, config, group_bytes, arrival)
+        self.parameters = {parameter_name(name): parameter for name, parameter in named if parameter.requires_grad}
+        self._frozen = {
+            parameter_name(name): tuple(parameter.shape) for name, parameter in named if not parameter.requires_grad
+        }
+        # What was loaded for frozen parameters: entries of a state by name, at the loss scale that was loaded.
+        self._waiting: dict[str, Mapping[str, Any]] = {}
+        self._loaded_scale = 1.0
+        self.device = common_device(self.parameters)
+        self.exact = False
+        self.step = 0
+        self.averaged = True
+        self._held: Side = "right"
+        # What a device will have answered when the next step begins: whether the last one was kept, and which of its
+        # factors hold nothing drawn any more.
+        self._verdict: Verdict | None = None
+        self._asked: list[tuple[str, Side, Tensor]] = []
+        self.dense_bytes = 0
+        self.sent_bytes = 0
+        self.total_dense_bytes = 0
+        self.total_sent_bytes = 0
+        self.errors: dict[str, Tensor] = {}
+        self.factors: dict[str, dict[Side, Tensor]] = {}
+        self.magnitudes: dict[str, dict[Side, Tensor]] = {}
+        self.drawn: dict[str, set[Side]] = {}
+        self.loss_scale = torch.ones((), device=self.device)
+        for group in self.plan.groups:
+            for slot in group.compressed:
+                if config.error_feedback:
+                    parameter = self.parameters[slot.name]
+                    self.errors[slot.name] = torch.zeros_like(parameter, dtype=config.error_dtype, requires_grad=False)
+                self.factors[slot.name] = {
+                    side: self.first_factor(slot, side).to(self.device, group.dtype)
+                    for side in (SIDES if config.alternate else SIDES[1:])
+                }
+                self.drawn[slot.name] = set(SIDES if config.alternate else ())
+                if group.dtype == torch.float16:
+                    self.magnitudes[slot.name] = {
+                        side: torch.full((slot.rank, 1), FIRST_MAGNITUDE, device=self.device) for side in SIDES
+                    }
+
+    @property
+    def compressing(self) -> bool:
+        """Whether the next synchronised backward pass is compressed."""
+        return self.step >= self.config.start_step and not self.exact
+
+    @property
+    def all_errors(self) -> dict[str, Tensor]:
+        """The error buffers by name, also those that wait for frozen parameters."""
+        return self.errors | {name: entry["error"] for name, entry in self._waiting.items() if "error" in entry}
+
+    def first_factor(self, slot: Slot, side: Side) -> Tensor:
+        """Draw a random factor on the CPU from the seed and the parameter's name (and, without warm start, the step).
+
+        So it does not depend on the device, the rank, the bucket or the order of parameters.
+
+        Returns:
+            (r, n) for the left side, (r, m) for the right, float32.
+        """
+        draw = f"{self.config.seed}/{slot.name}/{side}" + ("" if self.config.warm_start else f"/{self.step}")
+        return random_factor(draw, slot.rank, slot.length(side))
+
+    def start_factor(self, slot: Slot) -> Tensor:
+        """Give the factor that this step starts from: the last step's, or without warm start a new random one."""
+        held = self.factors[slot.name][self.held]
+        return held if self.config.warm_start else held.copy_(self.first_factor(slot, self.held))
+
+    def keep_factor(self, name: str, side: Side, factor: Tensor, keep: bool | Tensor = True) -> None:
+        """Keep an averaged factor as the next warm start, if it is to be one, and the magnitudes of its rows.
+
+        Args:
+            name: of the parameter.
+            side: of the factor.
+            factor: (r, n) or (r, m).
+            keep: as in `assign`.
+        """
+        if side in self.factors[name]:
+            kept = self.factors[name][side]
+            assign(kept, normalize_rows(factor, fallback=kept), keep)
+            if side in self.drawn[name] and self.config.warm_start:
+                self._asked.append((name, side, factor.any(dim=1).all() & keep))
+        if name in self.magnitudes:
+            magnitude = self.magnitudes[name][side]
+            largest = factor.abs().amax(dim=1, keepdim=True)
+            assign(magnitude, torch.where(largest > 0, largest, magnitude), keep)
+
+    def rescale(self, name: str, ratio: Tensor) -> None:
+        """Let what a parameter has kept refer to another loss scale.
+
+        Args:
+            name: of the parameter.
+            ratio: of the new scale to the old one, a scalar.
+        """
+        if name in self.errors:
+            saturated(self.errors[name].mul_(ratio), self.errors[name].dtype)
+        for magnitude in self.magnitudes.get(name, {}).values():
+            magnitude.mul_(ratio)
+
+    def unscale(self) -> None:
+        """Let what was loaded refer to a loss that is not scaled, before the first step with it."""
+        if self._loaded_scale == 1.0:
+            return
+        ratio = 1 / self._loaded_scale
+        for name in self.factors:
+            self.rescale(name, torch.full_like(self.loss_scale, ratio))
+        self._waiting = {name: rescaled_entry(entry, ratio) for name, entry in self._waiting.items()}
+        self.loss_scale.fill_(1.0)
+        self._loaded_scale = 1.0
+
+    def matrix_dtype(self, slot: Slot) -> torch.dtype:
+        """Give the dtype in which M = g + e is computed: the wider of the gradient's and the error buffer's.
+
+        But never float16, whose range a product with a factor leaves at gradients of a few hundreds.
+        """
+        error = self.errors.get(slot.name)
+        dtype = slot.dtype if error is None else torch.promote_types(slot.dtype, error.dtype)
+        return torch.float32 if dtype == torch.float16 else dtype
+
+    def finish_step(self, dense_bytes: int, sent_bytes: int) -> None:
+        """Count a synchronised backward pass, and its bytes."""
+        self.step += 1
+        self.dense_bytes, self.sent_bytes = dense_bytes, sent_bytes
+        self.total_dense_bytes += dense_bytes
+        self.total_sent_bytes += sent_bytes
+
+    @property
+    def held(self) -> Side:
+        """The side of the factors that the next step starts from; always "right" unless alternating."""
+        if self._verdict is not None:
+            (kept, *computed), asked = self._verdict.tolist(), self._asked
+            self._verdict, self._asked = None, []
+            for (name, side, _), whole in zip(asked, computed, strict=True):
+                self.drawn[name] -= {side} if whole else set()
+            if kept:
+                self._held = other_side(self._held)
+        return self._held
+
+    @held.setter
+    def held(self, side: Side) -> None:
+        self._held, self._verdict, self._asked = side, None, []
+
+    def keep_step(self, kept: bool | Tensor) -> None:
+        """Note whether a compressed step's errors and factors were kept.
+
+        Args:
+            kept: a scalar tensor is not read before the next step, and only if that depends on it.
+        """
+        if kept is not False:  # or not yet known
+            self.averaged = False
+        if self.config.alternate:
+            answers = [torch.as_tensor(kept, device=self.device), *(whole for _, _, whole in self._asked)]
+            self._verdict = Verdict(torch.stack(answers))
+
+    def state_dict(self, *, error_feedback: bool = True) -> dict[str, Any]:
+        """Give the state as tensors, numbers and strings, by parameter name: loadable with ``weights_only=True``.
+
+        All tensors are copies. The error buffers are this rank's. Average them first (`average_errors`) for a
+        checkpoint that any rank, at any world size, can resume from.
+
+        Args:
+            error_feedback: whether to include the error buffers.
+        """
+        return {
+            "format_version": FORMAT_VERSION,
+            "settings": self.config.to_dict(),
+            "step": self.step,
+            "averaged": self.averaged,
+            "held": self.held,
+            "loss_scale": float(self.loss_scale),
+            "total_dense_bytes": self.total_dense_bytes,
+            "total_sent_bytes": self.total_sent_bytes,
+            "parameters": {
+                **{name: self._waiting_entry(entry, error_feedback) for name, entry in self._waiting.items()},
+                **{slot.name: self._slot_entry(slot, error_feedback) for slot in self.plan.compressed},
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Take over what `state_dict` gave, or nothing at all if that cannot be.
+
+        A buffer whose parameter is still there in its shape is taken over, also under another rank or pattern; a factor
+        also needs its rank and side.
+
+        Args:
+            state: from `state_dict`.
+
+        Returns:
+            What was saved and could not be taken over, or is needed and was not saved: one line each, empty if all
+            fits.
+
+        Raises:
+            ValueError: if the format is unknown, an entry is missing or is not what `state_dict` writes, or a
+                parameter's shape differs from the saved one.
+        """
+        require_readable(state)
+        saved: Mapping[str, Any] = state["parameters"]
+        for name, shape in (self._frozen | {slot.name: slot.shape for slot in self.plan.slots}).items():
+            found = tuple(saved[name]["shape"]) if name in saved else shape
+            if found != shape:
+                raise ValueError(
+                    f"The PowerSGD state was saved for {name!r} of shape {found}, but the model's has shape {shape}."
+                    " Resume with the model that was saved, or delete the checkpoint's 'powersgd' entry."
+                )
+        self.step = state["step"]
+        self.averaged = state["averaged"]
+        self.total_dense_bytes = state["total_dense_bytes"]
+        self.total_sent_bytes = state["total_sent_bytes"]
+        self.held = state["held"] if self.config.alternate else "right"
+        # What is frozen now may be unfrozen later, and then finds here what it had.
+        self._waiting = {
+            name: with_tensors(entry, lambda _, tensor: tensor.clone())
+            for name, entry in saved.items()
+            if name in self._frozen
+        }
+        self._loaded_scale = state.get("loss_scale", 1.0)
+        self.loss_scale.fill_(self._loaded_scale)
+        dropped = [
+            f"{name}: no longer {'compressed' if name in self.parameters else 'in the model'}"
+            for name in saved
+            if name not in self.factors and name not in self._waiting
+        ]
+        for slot in self.plan.compressed:
+            name, entry = slot.name, saved.get(slot.name)
+            magnitudes, error = self.magnitudes.get(name, {}), self.errors.get(name)
+            dropped += load_entry(slot, entry, self.factors[name], magnitudes, error, self.drawn[name], self.held)
+        return dropped
+
+    def residual_norms(self, projections: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Measure what the last step left behind.
+
+        The residual e = M − P̂ Qᵀ is orthogonal to P̂, so ‖M‖² = ‖e‖² + ‖Q‖² and M itself is not needed.
+
+        Args:
+            projections: this rank's own factors that the last step sent.
+
+        Returns:
+            ‖e‖² and ‖M‖² over all compressed parameters of this rank, as scalars on the state's device.
+        """
+        error = _squared_norm(self.errors.values(), self.device)
+        return error, error + _squared_norm(projections, self.device)
+
+    def to(self, device: torch.device) -> None:
+        """Move the buffers to a device, as Lightning moves an optimizer's state when a fit ends."""
+        self.device = device
+        self.loss_scale = self.loss_scale.to(device)
+
+        def move(_: str, tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        self.errors = with_tensors(self.errors, move)
+        self.factors = with_tensors(self.factors, move)
+        self.magnitudes = with_tensors(self.magnitudes, move)
+        self._waiting = {name: with_tensors(entry, move) for name, entry in self._waiting.items()}
+
+    def _slot_entry(self, slot: Slot, error_feedback: bool) -> dict[str, Any]:
+        error = self.errors.get(slot.name) if error_feedback else None
+        name = slot.name
+        return make_entry(slot, self.factors[name], self.magnitudes.get(name, {}), error, self.drawn[name])
+
+    def _waiting_entry(self, entry: Mapping[str, Any], error_feedback: bool) -> dict[str, Any]:
+        """Give the entry of a frozen parameter, at the present scale."""
+        present = rescaled_entry(entry, float(self.loss_scale) / self._loaded_scale)
+        return {key: value for key, value in present.items() if error_feedback or key != "error"}
+
+
+def _squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), device=device)
+    for tensor in tensors:
+        total += torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) ** 2
+    return total

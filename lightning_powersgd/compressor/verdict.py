@@ -1,0 +1,60 @@
+"""What the device has found out, and whether the host knows it already.
+
+A CPU's answers are there at once. On an accelerator the host would have to wait for them, so there a number stays on
+the device, which decides by itself, and the host asks when the answer has long arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def known(scalar: Tensor) -> bool | float | Tensor:
+    """Give a number to the host where that costs nothing, or else leave it on its device."""
+    return scalar.item() if _waits_for(scalar.device) else scalar
+
+
+def any_of(answers: Sequence[bool | Tensor]) -> bool | Tensor:
+    """Whether any of several answers is yes; on the device if one of them is there."""
+    on_device = [answer for answer in answers if isinstance(answer, Tensor)]
+    return torch.stack(on_device).any() if on_device else any(answers)
+
+
+def finite_each(factors: Sequence[Sequence[Tensor]]) -> list[bool | Tensor]:
+    """Whether the tensors that belong together are finite, for each of several lists of as many tensors."""
+    if not factors:
+        return []
+    # One launch for all of them. The largest magnitude is infinite, or NaN, if any is.
+    largest = torch._foreach_norm([factor for both in factors for factor in both], ord=float("inf"))
+    finite = torch.stack(largest).float().isfinite().view(len(factors), -1).all(dim=1)
+    answers = finite.tolist() if _waits_for(finite.device) else finite.unbind()
+    return list(answers)
+
+
+class Verdict:
+    """Answers, true or false, on their way from the device that found them out.
+
+    Args:
+        answers: a tensor of bools.
+    """
+
+    def __init__(self, answers: Tensor) -> None:
+        self._answers = answers.to("cpu", non_blocking=answers.is_cuda)
+        self._arrived = torch.cuda.Event() if answers.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(answers.device))
+
+    def tolist(self) -> list[bool]:
+        """Give the answers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        answers: list[bool] = self._answers.view(-1).tolist()
+        return answers
+
+
+def _waits_for(device: torch.device) -> bool:
+    """Whether the host waits for what the device computes anyway, so that asking for a number costs nothing."""
+    return device.type == "cpu"

@@ -1,0 +1,297 @@
+"""The exchange of gradients between ranks: matrices, a process group, and the collectives of a step.
+
+Where gradients come from is not known here. A source of gradients, such as DDP's hook (`ddp`), hands them over:
+
+    exchange.begin_step()
+    for parameter, gradient in ...:             # in any order, as the backward pass makes them
+        exchange.take(parameter, gradient)
+        exchange.advance()                      # starts the collectives that can start
+    exchange.end_step()                         # every gradient holds the average over the ranks now
+
+Collectives are issued from the thread that makes these calls, in the order of the plan's groups, which is the same on
+every rank. (PyTorch's own hook issues them from futures' callbacks, whose order differs between ranks, and so
+deadlocks or aborts with more than one bucket on gloo.)
+
+For groups 0, 1, 2, … of parameters a compressed step runs
+
+    collective     0          1                2                …   last + 1
+    carries        P of 0     P of 1, Q of 0   P of 2, Q of 1   …   Q of last
+
+The gradients of a group are projected as they come (*take*). When all are there, the group before receives its own
+collective and orthonormalises its P (*proceed*), and its Q travels with this group's P and with everything that is sent
+whole (*start*): G groups take G + 1 collectives. When alternating, there is but one factor to send, and G suffice. What
+is sent whole and is large has a collective of its own after that, straight from where its gradient lies and without a
+copy. At the end of the step *finish* updates the error buffers and writes the averages over the gradients. Nothing that
+outlives the step is changed before all of it was received and found finite.
+
+A CPU judges that at once. On an accelerator the host would have to wait for the answer, so there the device itself
+decides what is kept, and the host asks at the beginning of the next step, when the answer has long arrived.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_powersgd.compressor.state import PowerSGDState
+from lightning_powersgd.compressor.verdict import any_of, known
+from lightning_powersgd.exchange.averages import mean_over_ranks
+from lightning_powersgd.exchange.groups import CompressedGroup, ExactGroup
+from lightning_powersgd.exchange.loss_scale import LossScale, Scaler
+from lightning_powersgd.exchange.use import ReachedParameters
+from lightning_powersgd.exchange.wire import Wires
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Work
+
+
+class GradientExchange:
+    """Averages gradients over the ranks of a process group, compressed.
+
+    Args:
+        state: what is remembered between steps; updated in place.
+        process_group: the ranks; ``None`` is the default group.
+        track_unused: set this where the source throws away the averaged gradient of a parameter that no rank's loss
+            reached, as DDP does when it looks for unused parameters. Then its error stays where it is instead of being
+            sent.
+        scaler: what the loss is scaled with; ``None`` if it is not.
+        judges: the ranks that must judge alike whether a step was finite, beside those that average: the owners of the
+            other shards of a sharded model, say. ``None`` where there are no others.
+
+    Where a scaler would skip a step that is not finite, and where there are other judges, nothing of such a step is
+    kept, and no compressed gradient of it is finite. Otherwise each matrix is judged by itself, so that what is not
+    finite spoils only its own parameter, as it does without compression.
+
+    Attributes:
+        exchanging: whether a step is under way.
+    """
+
+    def __init__(
+        self,
+        state: PowerSGDState,
+        process_group: dist.ProcessGroup | None = None,
+        track_unused: bool = False,
+        scaler: Scaler | None = None,
+        judges: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.state = state
+        self.process_group = process_group
+        self.exchanging = False
+        self._device = state.device
+        self._judges = judges
+        self._wires = Wires(process_group, state.device)
+        self._loss_scale = LossScale(scaler, state)
+        compressed = {slot.name: state.parameters[slot.name] for slot in state.plan.compressed}
+        self._names = set(compressed)
+        self._reached = ReachedParameters(compressed) if track_unused else None
+        self._exact = [ExactGroup(group, self._wires) for group in state.plan.groups]
+        self._compressed = self._make_groups()
+        self._place = {
+            state.parameters[slot.name]: (index, slot)
+            for index, group in enumerate(state.plan.groups)
+            for slot in group.slots
+        }
+        self._dense_bytes = 0
+        self._started = 0
+        self._averaging: list[Work] = []
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self._wires.world_size
+
+    @property
+    def alone(self) -> bool:
+        """Whether gradients pass through untouched: one rank that was always alone.
+
+        One that goes on with the checkpoint of several compresses as they did, so that the run remains the same.
+        """
+        return self.world_size == 1 and not self.state.total_sent_bytes
+
+    @property
+    def compressing(self) -> bool:
+        """Whether the gradients of this step, or between steps of the next one, are compressed."""
+        return self.state.compressing and not self.alone
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the compressed parameters that this rank's loss reached in the last step."""
+        return self._names if self._reached is None else self._reached.last
+
+    def follow(self, scaler: Scaler | None) -> None:
+        """Let errors follow the scale of a loss, for a scaler that was made late.
+
+        Args:
+            scaler: what the loss is scaled with from now on, and was in the steps before.
+        """
+        self._loss_scale.follow(scaler)
+
+    def begin_step(self) -> None:
+        """Begin a step. One that was broken off by an exception is forgotten."""
+        self.exchanging = True
+        self._dense_bytes = self._wires.sent_bytes = 0
+        self._forget_gradients()
+        self._loss_scale.begin_step()
+
+    def take(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Take in the gradient of a parameter. At the end of the step it is overwritten with the average.
+
+        Args:
+            parameter: one of the state's.
+            gradient: of the parameter's shape, without gaps in memory. Of a compressed parameter, also of its strides.
+
+        Raises:
+            RuntimeError: if the state does not know the parameter.
+        """
+        if parameter not in self._place:
+            raise RuntimeError(
+                "A gradient came of a parameter that PowerSGD does not know. Parameters that are added or unfrozen"
+                " need a new exchange: attach PowerSGD anew, with DDP to a new DistributedDataParallel."
+            )
+        self._count(gradient)
+        if not self.alone:
+            index, slot = self._place[parameter]
+            self._groups[index].take(slot, gradient)
+
+    def average(self, flat: Tensor) -> None:
+        """Average gradients that a source has packed itself, to the last bit as DDP does: divide, then sum.
+
+        Only for steps that are not compressed, and instead of *take*.
+
+        Args:
+            flat: gradients; at the end of the step they are overwritten with the averages.
+        """
+        assert not self.compressing, "a compressed step needs the gradient of every parameter"
+        self._count(flat)
+        if not self.alone:
+            work = self._wires.all_reduce(flat.div_(self.world_size))
+            if work is not None:
+                self._averaging.append(work)
+
+    def advance(self) -> None:
+        """Start the groups whose gradients are all there, in their order."""
+        groups = self._groups
+        while self._started < len(groups) and groups[self._started].complete:
+            if self._started > 0:
+                groups[self._started - 1].proceed()
+            groups[self._started].start()
+            self._started += 1
+
+    def end_step(self) -> None:
+        """Receive what is on its way, and write the averages over the gradients.
+
+        Errors and factors stay as they were if anything that any rank received was not finite.
+
+        Raises:
+            RuntimeError: if the gradient of a parameter was not handed over.
+        """
+        self.advance()
+        self._require_all_gradients()
+        if self._started:
+            self._groups[-1].proceed()
+        for work in self._averaging:
+            work.wait()
+        if self.state.compressing:
+            self._finish_compressed()
+        self._forget_gradients()
+        self.state.finish_step(self._dense_bytes, self._wires.sent_bytes)
+        if self._reached is not None:
+            self._reached.end_step()
+        self.exchanging = False
+
+    def residual_norms(self) -> tuple[Tensor, Tensor]:
+        """Give ‖e‖² and ‖M‖² of the last step (see `PowerSGDState.residual_norms`)."""
+        return self.state.residual_norms(own for group in self._compressed for own in group.own_factors)
+
+    def average_errors(self) -> None:
+        """Replace every rank's error buffers by their mean.
+
+        The trajectory depends on the mean alone (P and Q are linear in it), so a run may do this at any time. A
+        checkpoint then needs one buffer a parameter, whatever the number of ranks. Every rank must call it. A second
+        call changes nothing: a mean of three equal buffers would be rounded anew.
+        """
+        if self.world_size == 1 or self.state.averaged:
+            return
+        # On the device of the collectives, from which the state has moved when a fit has ended.
+        errors = self.state.all_errors
+        for name, mean in mean_over_ranks(errors, self._device, self.process_group):
+            errors[name].copy_(mean)
+            # It travels in float32 at least.
+            self.state.total_sent_bytes += mean.numel() * max(mean.itemsize, 4)
+        self.state.averaged = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state with the mean of the ranks' errors. Every rank must call it.
+
+        With `load_state_dict` this makes an exchange a ``Stateful`` of `torch.distributed.checkpoint`.
+        """
+        self.average_errors()
+        return self.state.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave (see `PowerSGDState.load_state_dict`)."""
+        self.state.load_state_dict(state_dict)
+
+    def retire(self) -> None:
+        """Let go of the accelerator's memory and of the ranks; the state stays, on the CPU, for a last checkpoint."""
+        if self._reached is not None:
+            self._reached.retire()
+        self.state.to(torch.device("cpu"))
+        self._wires.cut()
+        self.process_group = self._judges = None
+        self._exact, self._compressed, self._place = [], [], {}
+
+    @property
+    def _groups(self) -> list[CompressedGroup] | list[ExactGroup]:
+        return self._compressed if self.state.compressing else self._exact
+
+    def _make_groups(self) -> list[CompressedGroup]:
+        groups: list[CompressedGroup] = []
+        for group in self.state.plan.groups:
+            passenger = groups[-1] if groups else None
+            groups.append(CompressedGroup(group, self.state, self._wires, self._loss_scale, self._reached, passenger))
+        if groups:
+            groups[-1].lay_out_last()
+        return groups
+
+    def _count(self, gradient: Tensor) -> None:
+        """Count what plain all-reduce would send."""
+        if self.world_size > 1:
+            self._dense_bytes += gradient.nbytes
+
+    def _require_all_gradients(self) -> None:
+        missing = [name for group in self._groups for name in group.missing]
+        took_some = len(missing) < len(self._place)
+        if missing and not self.alone and (took_some or self.compressing):
+            raise RuntimeError(
+                f"The step has no gradient of {len(missing)} parameters, such as {missing[0]!r}. Every trainable"
+                " parameter's must be handed over in every step; zeros where the loss does not depend on it."
+            )
+
+    def _finish_compressed(self) -> None:
+        """Judge what was received, and write the averages; keep errors and factors as they were if it is not finite."""
+        # Every rank that averages holds the same averages, so all of them judge alike.
+        blemish = self._wires.receive()
+        if self._judges is not None:
+            dist.all_reduce(blemish, group=self._judges)
+        if self.alone:
+            return
+        finite = cast("bool | Tensor", known(blemish == 0))
+        together = self._loss_scale.changes or self._judges is not None
+        kept = [group.finish(finite, together=together) for group in self._compressed]
+        keep = finite if together else any_of(kept)
+        self._loss_scale.end_step(keep)
+        self.state.keep_step(keep)
+
+    def _forget_gradients(self) -> None:
+        # At the end of a step, or they would stay in memory, also when DDP makes new buckets; and at the beginning,
+        # since an exception may have broken off the last backward pass.
+        self._started = 0
+        self._averaging = []
+        for exact in self._exact:
+            exact.forget()
+        for compressed in self._compressed:
+            compressed.forget()

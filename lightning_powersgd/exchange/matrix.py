@@ -1,0 +1,96 @@
+"""One compressed parameter in one step, from its gradient to the averaged one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_powersgd.compressor.codec import half_gain, saturated
+from lightning_powersgd.compressor.passes import add_scaled, decompress, project
+from lightning_powersgd.compressor.plan import Side, Slot
+from lightning_powersgd.compressor.state import PowerSGDState
+from lightning_powersgd.compressor.view import as_matrix
+
+
+class Matrix:
+    """One compressed parameter in one step: M = g + e, and the basis that it is projected onto.
+
+    M is formed in the gradient's own memory, so that it costs none. Only where M is wider than the gradient it is a
+    temporary, formed anew for each use.
+
+    Attributes:
+        dtype: of M (see `PowerSGDState.matrix_dtype`).
+        basis: orthonormal rows, or the held factor itself in the first half of a full step; of M's dtype.
+    """
+
+    def __init__(self, slot: Slot, state: PowerSGDState) -> None:
+        self._slot = slot
+        self._state = state
+        self.dtype = state.matrix_dtype(slot)
+        self._in_place = self.dtype == slot.dtype
+        self._scale: float | Tensor = 1.0
+        self._gains: dict[Side, Tensor] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what belongs to one step."""
+        self._gradient = self.basis = torch.empty(0)
+        self._error: Tensor | None = None
+        self._summed = False
+
+    def take(self, gradient: Tensor, scale: float | Tensor) -> None:
+        """Take in the gradient.
+
+        Args:
+            gradient: of the parameter's shape and memory layout.
+            scale: of its loss, in units of the error's.
+        """
+        self._scale = scale
+        magnitudes = self._state.magnitudes.get(self._slot.name, {})
+        self._gains = {side: half_gain(magnitude * scale) for side, magnitude in magnitudes.items()}
+        slot, error = self._slot, self._state.errors.get(self._slot.name)
+        self._gradient = as_matrix(gradient, slot.order, slot.split)
+        self._error = None if error is None else as_matrix(error, slot.order, slot.split)
+
+    def project(self, side: Side, out: Tensor) -> None:
+        """Project M onto the basis: the factor of that side, (r, n) or (r, m), as it travels."""
+        matrix, error = self._sum()
+        if side == "left":
+            matrix, error = matrix.t(), None if error is None else error.t()
+        project(matrix, self.basis, out, error, self._scale, self._gains.get(side))
+
+    def support(self, side: Side) -> Tensor:
+        """Tell where M has anything but zeros: (n,) bools for its rows, the left side, or (m,) for its columns."""
+        parts = [part for part in self._sum() if part is not None]
+        # A norm makes no temporary of the matrix's size, where a comparison would.
+        largest = [torch.linalg.vector_norm(part, torch.inf, dim=1 if side == "left" else 0) for part in parts]
+        return torch.stack(largest).sum(dim=0) != 0
+
+    def received(self, side: Side, factor: Tensor) -> Tensor:
+        """Give a factor in units of M, as it was before it travelled."""
+        return factor / self._gains[side] if self._gains else factor
+
+    def decompress(self, side: Side, own: Tensor, average: Tensor, keep: bool | Tensor) -> None:
+        """Write the averaged gradient over this rank's, and the local residual into the error.
+
+        Args:
+            side: of the factors.
+            own: this rank's projection.
+            average: the mean of the ranks' projections.
+            keep: whether to update the error.
+        """
+        matrix, pending = self._sum()
+        if pending is not None:
+            add_scaled(matrix, pending, self._scale)
+        factors = [(self.basis, factor) if side == "right" else (factor, self.basis) for factor in (average, own)]
+        decompress(matrix, factors[0], factors[1], self._error, keep)
+        if not self._in_place:
+            self._gradient.copy_(saturated(matrix, self._gradient.dtype))
+
+    def _sum(self) -> tuple[Tensor, Tensor | None]:
+        """Give M, (n, m), or the gradient in M's dtype and the error that is yet to be added to it in its place."""
+        if not self._in_place:
+            return self._gradient.to(self.dtype), self._error
+        pending = None if self._summed else self._error
+        self._summed = True
+        return self._gradient, pending

@@ -1,0 +1,1 @@
+"""What compression brings and what it costs: torchmetrics, and what logs them."""

@@ -1,0 +1,305 @@
+"""What PowerSGD will bring to a model, found out before it is trained: bytes, and the time of an exchange.
+
+Axis letters: W ranks, b bytes of a collective, α seconds of latency of a message, β bytes that a link carries in a
+second. A collective is a ring all-reduce (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002), in which every
+rank sends 2 (W − 1) messages of b / W bytes to its neighbour:
+
+    t = 2 (W − 1) (α + b / (W β))
+
+Plain all-reduce is the sum of this over DDP's buckets, of which the first is smaller than the others. PowerSGD is the
+sum over the payloads of its plan, and the time of its arithmetic, which is measured where the forecast is made, or
+given.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
+from lightning_powersgd.compressor.parameters import parameter_name
+from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, Plan, Slot, make_plan
+from lightning_powersgd.planner.measure import describe, measure_compression, measuring_device
+from lightning_powersgd.planner.parameters import parameters_of
+from lightning_powersgd.planner.units import format_rate, format_ratio, format_seconds, parse_rate
+
+# A message of gloo over TCP took 180 to 240 µs on the machine of docs/benchmarks/scale.md, whose cores were busy with
+# the ranks themselves. NCCL between machines of their own takes less.
+DEFAULT_LATENCY = 1e-4
+
+# Of DDP, unless it is told a size of its own (torch.distributed._DEFAULT_FIRST_BUCKET_BYTES).
+_FIRST_BUCKET_BYTES = 2**20
+
+# Beyond these, a number is a slip of the pen, and times may overflow. torch.distributed counts ranks in 32 bits.
+_MOST_RANKS = 2**31 - 1
+_LONGEST_SECONDS = 1e9
+
+# What processes can average. For floating-point numbers of eight bits, and for complex32, torch has little arithmetic.
+_GRADIENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+@dataclass(frozen=True)
+class LinkForecast:
+    """The time of one exchange of gradients over a link, when it does not overlap with anything.
+
+    Attributes:
+        name: of the link.
+        bits_per_second: that it carries in each direction.
+        all_reduce_seconds: that plain all-reduce takes.
+        network_seconds: that PowerSGD's collectives take.
+        compress_seconds: that PowerSGD's arithmetic takes.
+        break_even: bits per second below which PowerSGD is the faster one (see `Forecast.break_even`).
+    """
+
+    name: str
+    bits_per_second: float
+    all_reduce_seconds: float
+    network_seconds: float
+    compress_seconds: float
+    break_even: float
+
+    @property
+    def powersgd_seconds(self) -> float:
+        """Seconds that PowerSGD takes, arithmetic and collectives."""
+        return self.compress_seconds + self.network_seconds
+
+    @property
+    def pays(self) -> bool:
+        """Whether PowerSGD is faster than plain all-reduce."""
+        return self.powersgd_seconds < self.all_reduce_seconds
+
+    def speedup(self, step_seconds: float = 0.0) -> float:
+        """Compare a step with plain all-reduce to one with PowerSGD, when nothing overlaps.
+
+        Args:
+            step_seconds: of forward and backward without any exchange; 0 compares the exchanges alone.
+        """
+        return (step_seconds + self.all_reduce_seconds) / (step_seconds + self.powersgd_seconds)
+
+    def least_speedup(self, step_seconds: float) -> float:
+        """Compare at PowerSGD's worst: all of the all-reduce that can hides behind the step, and nothing of PowerSGD.
+
+        Args:
+            step_seconds: of forward and backward without any exchange.
+        """
+        return max(step_seconds, self.all_reduce_seconds) / (step_seconds + self.powersgd_seconds)
+
+    def __str__(self) -> str:
+        if self.pays:
+            return (
+                f"{self.name}: {format_seconds(self.powersgd_seconds)} instead of"
+                f" {format_seconds(self.all_reduce_seconds)}, {format_ratio(self.speedup())} faster."
+            )
+        reason = "no parameter is compressed"
+        if self.break_even:
+            saved = self.all_reduce_seconds - self.network_seconds
+            gain = f"saves {format_seconds(saved)} of network time" if saved > 0 else "saves no network time"
+            reason = (
+                f"computing takes {format_seconds(self.compress_seconds)} and {gain}. It would pay on a link below"
+                f" {format_rate(self.break_even)}"
+            )
+        return f"{self.name}: compression would not pay here: {reason}."
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What PowerSGD will bring to a model; made by `forecast_exchange`.
+
+    Attributes:
+        config: the settings.
+        parameters: the slots of the trainable parameters, in the model's order.
+        frozen: number of parameters that are not trained, and so not exchanged.
+        plan: what is compressed, and what travels together.
+        dense_payloads: bytes of each collective of plain all-reduce in a step, which are DDP's buckets.
+        world_size: number of ranks.
+        latency: seconds of a message between neighbours, beside the time of its bytes.
+        compress_seconds: that PowerSGD's arithmetic takes in a step.
+        measured_on: the device that this was measured on; ``None`` if it was given.
+    """
+
+    config: PowerSGDConfig
+    parameters: tuple[Slot, ...]
+    frozen: int
+    plan: Plan
+    dense_payloads: tuple[int, ...]
+    world_size: int
+    latency: float
+    compress_seconds: float
+    measured_on: str | None
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that a rank hands to plain all-reduce in a step."""
+        return self.plan.dense_bytes
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that a rank hands to PowerSGD's collectives in a step."""
+        return self.plan.sent_bytes(alternate=self.config.alternate)
+
+    @property
+    def compression_ratio(self) -> float:
+        """``dense_bytes / sent_bytes``."""
+        return self.dense_bytes / self.sent_bytes
+
+    @property
+    def payloads(self) -> tuple[float, ...]:
+        """Bytes of each of PowerSGD's collectives in a step."""
+        return tuple(self.plan.payloads(alternate=self.config.alternate))
+
+    @property
+    def break_even(self) -> float:
+        """Bits per second of the link on which both exchanges take the same time: on slower ones PowerSGD pays.
+
+        0 if it never does, since nothing is compressed; infinity if it always does, since computing takes no longer
+        than the messages that it saves.
+        """
+        messages = len(self.payloads) - len(self.dense_payloads)
+        lost = self.compress_seconds + 2 * (self.world_size - 1) * self.latency * messages
+        saved = 16 * (self.world_size - 1) / self.world_size * (self.dense_bytes - self.sent_bytes)
+        if not saved:
+            return 0.0
+        return saved / lost if lost > 0 else math.inf
+
+    def over(self, link: str | float) -> LinkForecast:
+        """Forecast the time of an exchange over a link.
+
+        Args:
+            link: bits per second, or a name such as "1gbit" (see `parse_rate`).
+
+        Raises:
+            ValueError: if it is not the speed of a link.
+        """
+        rate = parse_rate(link) if isinstance(link, str) else _require_positive("link", link)
+        name = link if isinstance(link, str) else format_rate(rate)
+        return LinkForecast(
+            name=name,
+            bits_per_second=rate,
+            all_reduce_seconds=self._ring_seconds(self.dense_payloads, rate),
+            network_seconds=self._ring_seconds(self.payloads, rate),
+            compress_seconds=self.compress_seconds,
+            break_even=self.break_even,
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{self.plan.summary(alternate=self.config.alternate)}."]
+        if self.break_even:
+            place = f" (measured on {self.measured_on})" if self.measured_on else ""
+            lines.append(f"Its arithmetic takes {format_seconds(self.compress_seconds)} a step{place}.")
+            where = "any link" if self.break_even == math.inf else f"links below {format_rate(self.break_even)}"
+            lines.append(f"Between {self.world_size} processes it pays on {where}.")
+        return "\n".join(lines)
+
+    def _ring_seconds(self, payloads: Sequence[float], bits_per_second: float) -> float:
+        messages = 2 * (self.world_size - 1)
+        return messages * (len(payloads) * self.latency + 8 * sum(payloads) / (self.world_size * bits_per_second))
+
+
+def forecast_exchange(
+    model: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: PowerSGDConfig | None = None,
+    *,
+    world_size: int = 8,
+    latency: float = DEFAULT_LATENCY,
+    compress_seconds: float | None = None,
+    device: torch.device | str | None = None,
+) -> Forecast:
+    """Forecast what PowerSGD will bring to a model, before it is trained.
+
+    >>> forecast = forecast_exchange(nn.Linear(1000, 1000), PowerSGDConfig(rank=2), compress_seconds=0.001)
+    >>> print(forecast.over("1gbit"))
+    1gbit: 4.08 ms instead of 57.5 ms, 14.1× faster.
+
+    Args:
+        model: a module, on any device, the meta device included; its named parameters, of which the frozen ones take no
+            part; or a state dict (see `parameters_of`).
+        config: the settings; ``None`` is their defaults.
+        world_size: number of ranks. Several on one machine count one by one: a ring leaves the machine once.
+        latency: seconds of a message between neighbours, beside the time of its bytes. Higher: many small collectives
+            cost more.
+        compress_seconds: that the arithmetic takes in a step; ``None`` measures it (see `measure_compression`).
+        device: where to measure; ``None`` is CUDA if there is a GPU, else the CPU with PyTorch's number of threads.
+
+    Returns:
+        The forecast; `Forecast.over` gives the times over a link.
+
+    Raises:
+        TypeError: if ``world_size`` is not an integer.
+        ValueError: if there is nothing to exchange, shapes are not known yet, a trainable parameter is of a dtype in
+            which gradients cannot be averaged, an argument is out of range, a pattern of ``config.rank`` matches no
+            parameter, or the device has too little memory left to measure on it.
+    """
+    config = PowerSGDConfig() if config is None else config
+    require_int("world_size", world_size, minimum=2, remedy="A single rank has nobody to exchange gradients with.")
+    if world_size > _MOST_RANKS:
+        raise ValueError(f"`world_size={world_size}` is above {_MOST_RANKS}. Give the number of processes, such as 16.")
+    if not 0 <= latency <= _LONGEST_SECONDS:
+        raise ValueError(f"`latency={latency!r}` is not a time. Give seconds, such as 0.0001.")
+    if compress_seconds is not None and not 0 <= compress_seconds <= _LONGEST_SECONDS:
+        raise ValueError(f"`compress_seconds={compress_seconds!r}` is not a time. Give seconds, or None to measure it.")
+    named = parameters_of(model)
+    trainable = [parameter_name(name) for name, parameter in named if parameter.requires_grad]
+    if not any(parameter.numel() for _, parameter in named if parameter.requires_grad):
+        raise ValueError("The model has no trainable parameter, so there are no gradients to exchange.")
+    for name, parameter in named:
+        if parameter.requires_grad and parameter.dtype not in _GRADIENT_DTYPES:
+            raise ValueError(
+                f"The parameter {name!r} is of {parameter.dtype}, in which gradients cannot be averaged. Give the model"
+                " in the dtype that it is trained in, such as torch.bfloat16."
+            )
+    plan = make_plan(named, config)
+    slots = {slot.name: slot for slot in plan.slots}
+    parameters = tuple(slots[name] for name in trainable)
+    measured_on = None
+    if compress_seconds is None:
+        device = measuring_device(device)
+        try:
+            compress_seconds = measure_compression(plan, config, device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise ValueError(
+                f"`device='{device}'`: its memory is too full to measure on it. Free 2 GiB, or use 'cpu', or give"
+                " `compress_seconds`."
+            ) from error
+        measured_on = describe(device)
+    return Forecast(
+        config=config,
+        parameters=parameters,
+        frozen=len(named) - len(trainable),
+        plan=plan,
+        dense_payloads=tuple(_bucket_bytes(parameters)),
+        world_size=world_size,
+        latency=float(latency),
+        compress_seconds=float(compress_seconds),
+        measured_on=measured_on,
+    )
+
+
+def _bucket_bytes(parameters: Sequence[Slot]) -> list[int]:
+    """Give the bytes of the buckets that DDP makes of parameters, whose gradients come in reverse order.
+
+    Of each dtype the first is closed after 1 MiB, so that sending begins early, and the others after 25.
+    """
+    open_buckets: dict[torch.dtype, int] = {}
+    closed: list[int] = []
+    begun: set[torch.dtype] = set()
+    for slot in reversed(parameters):
+        filled = open_buckets.pop(slot.dtype, 0) + slot.dense_bytes
+        if filled >= (DEFAULT_GROUP_BYTES if slot.dtype in begun else _FIRST_BUCKET_BYTES):
+            begun.add(slot.dtype)
+            closed.append(filled)
+        else:
+            open_buckets[slot.dtype] = filled
+    return closed + [filled for filled in open_buckets.values() if filled]
+
+
+def _require_positive(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(
+            f"`{name}={value!r}` is not the speed of a link. Give bits per second, or text such as '1gbit'."
+        )
+    return float(value)

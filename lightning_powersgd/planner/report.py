@@ -1,0 +1,143 @@
+"""A forecast for readers: as JSON for programs, and as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_powersgd.planner.forecast import Forecast, LinkForecast
+from lightning_powersgd.planner.units import format_seconds
+from lightning_powersgd.version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+from lightning_powersgd.planner.tables import link_table, parameter_table, ratio_of, step_table
+
+FORMAT_VERSION = 1
+LEFT_OUT = (
+    "Left out: what of either exchange hides behind the backward pass, congestion, what sending costs the processor,"
+    " and waiting for slower processes."
+)
+
+
+def to_json(forecast: Forecast, links: Sequence[LinkForecast], step_seconds: float | None) -> dict[str, Any]:
+    """Give everything that is known, in types that JSON has. docs/planner.md describes it."""
+    alternate = forecast.config.alternate
+    settings = forecast.config.to_dict()
+    return {
+        "format_version": FORMAT_VERSION,
+        "lightning_powersgd": __version__,
+        "settings": {name: None if value == math.inf else value for name, value in settings.items()},
+        "world_size": forecast.world_size,
+        "latency_seconds": forecast.latency,
+        "step_seconds": step_seconds,
+        "compress_seconds": forecast.compress_seconds,
+        "compress_measured_on": forecast.measured_on,
+        "break_even_bits_per_second": None if forecast.break_even == math.inf else forecast.break_even,
+        "totals": {
+            "parameters": len(forecast.parameters),
+            "compressed": sum(slot.rank > 0 for slot in forecast.parameters),
+            "frozen": forecast.frozen,
+            "elements": sum(slot.numel for slot in forecast.parameters),
+            "dense_bytes": forecast.dense_bytes,
+            "sent_bytes": forecast.sent_bytes,
+            "compression_ratio": forecast.compression_ratio,
+            "turnaround_steps": forecast.plan.turnaround(alternate=alternate),
+            "dense_payloads": list(forecast.dense_payloads),
+            "payloads": list(forecast.payloads),
+        },
+        "parameters": [
+            {
+                "name": slot.name,
+                "shape": list(slot.shape),
+                "matrix": [slot.rows, slot.columns] if slot.order else None,
+                "dtype": str(slot.dtype).removeprefix("torch."),
+                "rank": slot.rank,
+                "sent": "compressed" if slot.rank else "whole",
+                "dense_bytes": slot.dense_bytes,
+                "sent_bytes": slot.sent_bytes(alternate=alternate),
+                "compression_ratio": ratio_of([slot], alternate),
+            }
+            for slot in forecast.parameters
+        ],
+        "links": [
+            {
+                "name": link.name,
+                "bits_per_second": link.bits_per_second,
+                "all_reduce_seconds": link.all_reduce_seconds,
+                "powersgd_seconds": link.powersgd_seconds,
+                "compress_seconds": link.compress_seconds,
+                "network_seconds": link.network_seconds,
+                "pays": link.pays,
+                "exchange_speedup": link.speedup(),
+                "step_speedup": None if step_seconds is None else link.speedup(step_seconds),
+                "least_step_speedup": None if step_seconds is None else link.least_speedup(step_seconds),
+            }
+            for link in links
+        ],
+    }
+
+
+def print_report(
+    console: Console,
+    title: str,
+    forecast: Forecast,
+    links: Sequence[LinkForecast],
+    step_seconds: float | None,
+    *,
+    fold: bool,
+) -> None:
+    """Print the tables, and what there is to say about them.
+
+    Args:
+        console: where.
+        title: above all.
+        forecast: of the model.
+        links: its times.
+        step_seconds: of forward and backward, if they are known.
+        fold: whether parameters that differ in a number of their names share a row.
+    """
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, highlight=False, markup=False)
+
+    say(title, "bold")
+    console.print(parameter_table(forecast, fold=fold))
+    console.print()
+    alternate = forecast.config.alternate
+    say(f"{forecast.plan.summary(alternate=alternate)}.")
+    if not forecast.break_even:
+        say(
+            "Nothing is compressed: every parameter is a vector, too small to save anything at this rank, or set to"
+            " rank 0. Gradients would be exchanged as plain DDP does it.",
+            "yellow",
+        )
+        return
+    say(
+        f"Each direction of a gradient has its turn within about {forecast.plan.turnaround(alternate=alternate):,.0f}"
+        " steps. Accuracy asks for a training that is many times as long: docs/accuracy.md has figures."
+    )
+    console.print()
+    say(f"Exchange of one step's gradients between {forecast.world_size} processes", "bold")
+    console.print(link_table(links))
+    for link in links:
+        if not link.pays:
+            say(str(link), "yellow")
+    if step_seconds is not None:
+        console.print()
+        say(f"A step that takes {format_seconds(step_seconds)} without any exchange", "bold")
+        console.print(step_table(links, step_seconds))
+        say(
+            "The speed-up is between what is left if all of the all-reduce that can hides behind the backward pass, and"
+            " what there is if nothing overlaps.",
+            "dim",
+        )
+        console.print()
+    origin = f"was measured on {forecast.measured_on}" if forecast.measured_on else "was given"
+    say(
+        f"Computing {origin}. The network is a ring of {forecast.world_size} processes with"
+        f" {format_seconds(forecast.latency)} of latency; all-reduce takes {len(forecast.dense_payloads)} collectives,"
+        f" PowerSGD {len(forecast.payloads)}. {LEFT_OUT}",
+        "dim",
+    )

@@ -1,0 +1,1 @@
+"""Lightning's strategies: the trainer's lifecycle, and nothing else."""

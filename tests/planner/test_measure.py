@@ -1,0 +1,54 @@
+"""Tier one: the arithmetic of a step, measured."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_powersgd import PowerSGDConfig, forecast_exchange, make_plan
+from lightning_powersgd.planner import measure
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"alternate": True, "start_step": 3}, torch.float32),
+        ({"rank": {"*2.weight": 0, "*": 4}, "error_feedback": False}, torch.float32),
+        ({"comm_dtype": "float16", "error_dtype": "bfloat16"}, torch.float32),
+        ({}, torch.bfloat16),
+        ({}, torch.float16),
+    ],
+)
+def test_measuring_goes_through_the_exchange_of_training(config, dtype):
+    module = nn.Sequential(*[nn.Linear(60, 60) for _ in range(3)]).to(dtype)
+    result = forecast_exchange(module, PowerSGDConfig(**config), device="cpu")
+    assert result.compress_seconds > 0
+    assert result.measured_on == "this CPU with 1 thread"
+
+
+@pytest.mark.parametrize("limit", ["_MOST_BYTES", "_MOST_OPERATIONS"])
+def test_a_large_model_is_measured_in_part(monkeypatch, limit):
+    # Every look at the clock is a second later than the last, so two steps of any size take a second.
+    monkeypatch.setattr(measure.time, "perf_counter", itertools.count().__next__)
+    module = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(4)], nn.Linear(64, 256, bias=False))
+    plan, config, device = make_plan(module.named_parameters(), PowerSGDConfig()), PowerSGDConfig(), torch.device("cpu")
+    whole = measure.measure_compression(plan, config, device)
+    assert whole == 0.5
+    costs = {"_MOST_BYTES": 2 * plan.dense_bytes, "_MOST_OPERATIONS": 12 * plan.dense_bytes // 4}
+    # Half: two matrices of four, and half the rows of the last.
+    monkeypatch.setattr(measure, limit, costs[limit] // 2)
+    assert measure.measure_compression(plan, config, device) == 2 * whole
+    # However little it may be, every shape is there, with rows enough to be compressed.
+    monkeypatch.setattr(measure, limit, 1)
+    assert measure.measure_compression(plan, config, device) > 10 * whole
+
+
+def test_of_a_narrow_matrix_enough_is_measured(monkeypatch):
+    monkeypatch.setattr(measure, "_MOST_BYTES", 1)
+    config = PowerSGDConfig(rank=4, min_compression_ratio=1.0)
+    # Its factors are smaller than itself from 20 rows on.
+    assert forecast_exchange(nn.Linear(5, 1000, bias=False), config, device="cpu").compress_seconds > 0
