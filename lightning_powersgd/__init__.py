@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.plan import Plan, make_plan
 from lightning_powersgd.compressor.state import PowerSGDState
+from lightning_powersgd.compressor.turnaround import turnaround_for
 from lightning_powersgd.exchange.averages import consensus_distance
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.ddp import attach_powersgd
@@ -86,4 +87,5 @@ __all__ = [
     "forecast_exchange",
     "make_plan",
     "make_topology",
+    "turnaround_for",
 ]

@@ -93,7 +93,7 @@ class Case:
 
     @cached_property
     def plan(self) -> Plan:
-        return make_plan(self.module().named_parameters(), PowerSGDConfig(**self.config))
+        return make_plan(self.module().named_parameters(), PowerSGDConfig(**{"rank": 2, **self.config}))
 
     @cached_property
     def slots(self) -> list[Slot]:

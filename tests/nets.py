@@ -42,7 +42,7 @@ def attach(
     **config: Any,
 ):
     model = DistributedDataParallel(net, bucket_cap_mb=bucket_cap_mb, **(ddp or {}))
-    return model, attach_powersgd(model, PowerSGDConfig(**config), scaler)
+    return model, attach_powersgd(model, PowerSGDConfig(**{"rank": 2, **config}), scaler)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

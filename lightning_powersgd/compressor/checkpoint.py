@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_powersgd.compressor.codec import FIRST_MAGNITUDE, saturated
+from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig
 from lightning_powersgd.compressor.plan import SIDES, Side, Slot
 from lightning_powersgd.compressor.view import permute_columns
 
@@ -108,6 +110,22 @@ def load_entry(
     return dropped
 
 
+def as_saved(config: PowerSGDConfig, settings: Mapping[str, Any]) -> PowerSGDConfig:
+    """Give settings with the ranks of a saved run, where they leave these to the length of the training.
+
+    Args:
+        config: of this run.
+        settings: saved, from `PowerSGDConfig.to_dict`.
+    """
+    if not config.automatic or config.turnaround is not None or config.max_bytes is not None:
+        return config
+    if config.rank == AUTO:
+        config = replace(config, rank=settings["rank"])
+    if not config.automatic:
+        return config
+    return replace(config, turnaround=settings.get("turnaround"), max_bytes=settings.get("max_bytes"))
+
+
 def rescaled_entry(entry: Mapping[str, Any], ratio: float) -> dict[str, Any]:
     """Give an entry as it is at another loss scale: errors and magnitudes times the ratio of that to the old one."""
     return with_tensors(
@@ -155,6 +173,11 @@ def _defects(state: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key!r} is {state.get(key)!r:.40}"
     if state.get("held") not in SIDES:
         yield f"'held' is {state.get('held')!r:.40}"
+    settings = state.get("settings", {})
+    try:
+        PowerSGDConfig(settings["rank"], settings.get("turnaround"), settings.get("max_bytes"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        yield f"'settings' is {settings!r:.40}"
     loss_scale, range_ = state.get("loss_scale", 1.0), torch.finfo(torch.float32)
     if not isinstance(loss_scale, float) or not range_.tiny <= loss_scale <= range_.max:
         yield f"'loss_scale' is {loss_scale!r:.40}"

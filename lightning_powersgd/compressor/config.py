@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
+
+AUTO: Literal["auto"] = "auto"
+Rank: TypeAlias = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -15,9 +19,16 @@ class PowerSGDConfig:
 
     Args:
         rank: columns kept of each factor. Higher: better approximation, but more bytes and more arithmetic, both in
-            proportion. A mapping gives parameter-name patterns (``fnmatch``) a rank of their own: the first match
+            proportion. ``"auto"`` gives each matrix as many as the length of the training asks for (see
+            ``turnaround``). A mapping gives parameter-name patterns (``fnmatch``) a rank of their own: the first match
             wins, 0 sends a parameter whole, ``"*"`` stands for the rest; a parameter that no pattern matches is sent
             whole.
+        turnaround: for ``rank="auto"``: steps within which each direction of a gradient has its turn; an (n, m) matrix
+            has rank ⌈min(n, m) / turnaround⌉, and twice that when alternating. Smaller: more accurate, for more bytes.
+            None is what the length of the training and its optimizers ask for (see `turnaround_for`), and 50 where
+            these are not known.
+        max_bytes: for ``rank="auto"``, instead of ``turnaround``: bytes that a rank may hand to collectives in a step.
+            The smallest turnaround is taken that fits.
         start_step: synchronised backward passes that are averaged exactly before compression starts. Raise it if the
             loss jumps at the beginning of training, when gradients change direction fastest.
         min_compression_ratio: a matrix whose dense / sent ratio is below this is sent whole. Higher: fewer matrices are
@@ -37,7 +48,9 @@ class PowerSGDConfig:
         ValueError: for an argument out of range.
     """
 
-    rank: int | Mapping[str, int] = 2
+    rank: Rank | Mapping[str, Rank] = AUTO
+    turnaround: float | None = None
+    max_bytes: int | None = None
     start_step: int = 0
     min_compression_ratio: float = 2.0
     alternate: bool = False
@@ -54,11 +67,13 @@ class PowerSGDConfig:
             for pattern, rank in self.rank.items():
                 if not isinstance(pattern, str):
                     raise TypeError(f"`rank` has the pattern {pattern!r}. A pattern is a string, such as 'encoder.*'.")
-                require_int(f"rank[{pattern!r}]", rank, minimum=0, remedy="Use 0 to send a parameter whole.")
-            object.__setattr__(self, "rank", {str(pattern): int(rank) for pattern, rank in self.rank.items()})
+                _require_rank(f"rank[{pattern!r}]", rank, minimum=0, remedy="Use 0 to send a parameter whole.")
+            ranks = {str(pattern): AUTO if rank == AUTO else int(rank) for pattern, rank in self.rank.items()}
+            object.__setattr__(self, "rank", ranks)
         else:
             remedy = "Use a mapping such as `rank={'embed*': 0, '*': 2}` to send some parameters whole."
-            require_int("rank", self.rank, minimum=1, remedy=remedy)
+            _require_rank("rank", self.rank, minimum=1, remedy=remedy)
+        self._check_what_moves_automatic_ranks()
         require_int("start_step", self.start_step, minimum=0, remedy="Use 0 to compress from the first step on.")
         require_int("seed", self.seed, minimum=0, remedy="Use any non-negative integer.")
         ratio = self.min_compression_ratio
@@ -77,10 +92,43 @@ class PowerSGDConfig:
         for name in ("error_dtype", "comm_dtype"):
             object.__setattr__(self, name, floating_dtype(name, getattr(self, name)))
 
+    @property
+    def automatic(self) -> bool:
+        """Whether the rank of any parameter follows from the turnaround."""
+        return AUTO in (self.rank.values() if isinstance(self.rank, Mapping) else (self.rank,))
+
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as strings, numbers, bools and dicts of them: loadable with ``weights_only=True``."""
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: str(value) if isinstance(value, torch.dtype) else value for name, value in settings.items()}
+
+    def _check_what_moves_automatic_ranks(self) -> None:
+        for name, other in (("turnaround", "max_bytes"), ("max_bytes", "turnaround")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not self.automatic:
+                raise ValueError(f"`{name}={value!r}` has no effect beside `rank={self.rank!r}`. Use `rank='auto'`.")
+            if getattr(self, other) is not None:
+                raise ValueError("`turnaround` and `max_bytes` each decide on the ranks. Give one of them.")
+        if self.max_bytes is not None:
+            require_int("max_bytes", self.max_bytes, minimum=1, remedy="Give bytes a step, such as 1_000_000.")
+        turnaround = self.turnaround
+        if turnaround is None:
+            return
+        if isinstance(turnaround, bool) or not isinstance(turnaround, int | float):
+            raise TypeError(f"`turnaround={turnaround!r}` is not a number. Give steps, such as 50.")
+        if not 0 < turnaround < math.inf:
+            raise ValueError(f"`turnaround={turnaround!r}` is not a number of steps. Use one such as 50.")
+        object.__setattr__(self, "turnaround", float(turnaround))
+
+
+def _require_rank(name: str, value: object, *, minimum: int, remedy: str) -> None:
+    if value == AUTO:
+        return
+    if isinstance(value, str):
+        raise TypeError(f"`{name}={value!r}` is neither an integer nor 'auto'. {remedy}")
+    require_int(name, value, minimum=minimum, remedy=remedy)
 
 
 def floating_dtype(name: str, value: object) -> torch.dtype | None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_powersgd.compressor.config import PowerSGDConfig
+from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig, Rank
 from lightning_powersgd.compressor.parameters import parameter_name
+from lightning_powersgd.compressor.turnaround import DEFAULT_TURNAROUND, rank_for, smallest_turnaround
 from lightning_powersgd.compressor.view import matrix_order
 
 # Compressed gradients are a hundredth of their size, so a group may be as large as a default DDP bucket: smaller ones
@@ -169,8 +170,7 @@ class Plan:
     def turnaround(self, *, alternate: bool) -> float:
         """Steps until each direction of a gradient was sent about once, in the matrix where that takes longest.
 
-        A step sends r of its min(n, m) directions, those in which most has gathered, and half as many when alternating.
-        What a step leaves out is about that many steps late. 0 where nothing is compressed.
+        0 where nothing is compressed.
         """
         turns = max((min(slot.rows, slot.columns) / slot.rank for slot in self.compressed), default=0.0)
         return 2 * turns if alternate else turns
@@ -206,8 +206,8 @@ def make_plan(
         The plan; equal input gives an equal plan on every rank.
 
     Raises:
-        ValueError: if a pattern of ``config.rank`` matches no parameter, frozen ones included, or ``arrival`` lacks a
-            trainable one.
+        ValueError: if a pattern of ``config.rank`` matches no parameter, frozen ones included, ``arrival`` lacks a
+            trainable one, or rank 1 needs more than ``config.max_bytes``.
     """
     named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
     _require_matching_patterns(config.rank, [name for name, _ in named])
@@ -221,8 +221,9 @@ def make_plan(
         closed.append(Group(whole, tuple(slot for slot in slots if slot.rank), dtype=key[1]))
 
     trainable = {name: parameter for name, parameter in reversed(named) if parameter.requires_grad}
+    turnaround = _turnaround(trainable, config)
     for name in trainable if arrival is None else _complete(arrival, trainable):
-        slot = _make_slot(name, trainable[name], config)
+        slot = _make_slot(name, trainable[name], config, turnaround)
         key = (slot.dtype, slot.wire_dtype)
         members = open_groups.setdefault(key, [])
         members.append(slot)
@@ -245,16 +246,39 @@ def _complete(arrival: Iterable[str], trainable: Mapping[str, Tensor]) -> list[s
     return list(names)
 
 
-def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig) -> Slot:
-    shape, dtype, rank = tuple(parameter.shape), parameter.dtype, _rank_of(name, config.rank)
+def _turnaround(trainable: Mapping[str, Tensor], config: PowerSGDConfig) -> float:
+    """Give the turnaround that the automatic ranks follow from."""
+    if config.max_bytes is None:
+        return config.turnaround or DEFAULT_TURNAROUND
+
+    def sent_bytes(turnaround: float) -> float:
+        slots = (_make_slot(name, parameter, config, turnaround) for name, parameter in trainable.items())
+        return sum(slot.sent_bytes(alternate=config.alternate) for slot in slots)
+
+    automatic = [parameter for name, parameter in trainable.items() if _rank_of(name, config.rank) == AUTO]
+    shapes = [
+        (math.prod(parameter.shape[:split]), math.prod(parameter.shape[split:]))
+        for parameter in automatic
+        for _, split in _matrix_views(parameter)
+    ]
+    return smallest_turnaround(sent_bytes, config.max_bytes, map(min, shapes), alternate=config.alternate)
+
+
+def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig, turnaround: float) -> Slot:
+    shape, dtype, given = tuple(parameter.shape), parameter.dtype, _rank_of(name, config.rank)
     views = _matrix_views(parameter) if dtype.is_floating_point else []
-    wire_dtype = config.comm_dtype or dtype
-    slots = [Slot(name, shape, dtype, rank, order, wire_dtype, split) for order, split in views]
+    wire_dtype, alternate = config.comm_dtype or dtype, config.alternate
+    slots = [Slot(name, shape, dtype, 1, order, wire_dtype, split) for order, split in views]
+    if given == AUTO:
+        ranks = [rank_for(turnaround, slot.rows, slot.columns, alternate=alternate) for slot in slots]
+    else:
+        ranks = [given] * len(slots)
     # Of several views, such as of experts' weights that are stacked in one tensor, the one that sends least.
-    slots.sort(key=lambda slot: slot.rows + slot.columns)
+    slots = [replace(slot, rank=rank) for slot, rank in zip(slots, ranks, strict=True)]
+    slots.sort(key=lambda slot: (slot.rank * (slot.rows + slot.columns), slot.rows + slot.columns))
     for slot in slots:
-        worth_it = slot.dense_bytes >= config.min_compression_ratio * slot.sent_bytes(alternate=config.alternate)
-        if 0 < rank < min(slot.rows, slot.columns) and worth_it:
+        worth_it = slot.dense_bytes >= config.min_compression_ratio * slot.sent_bytes(alternate=alternate)
+        if 0 < slot.rank < min(slot.rows, slot.columns) and worth_it:
             return slot
     order, split = (slots[0].order, slots[0].split) if slots else ((), 1)
     return Slot(name, shape, dtype, 0, order, wire_dtype=dtype, split=split)
@@ -266,13 +290,13 @@ def _matrix_views(parameter: Tensor) -> list[tuple[tuple[int, ...], int]]:
     return [(order, split) for split, order in orders.items() if order is not None]
 
 
-def _rank_of(name: str, rank: int | Mapping[str, int]) -> int:
-    if isinstance(rank, int):
+def _rank_of(name: str, rank: Rank | Mapping[str, Rank]) -> Rank:
+    if not isinstance(rank, Mapping):
         return rank
     return next((value for pattern, value in rank.items() if fnmatchcase(name, pattern)), 0)
 
 
-def _require_matching_patterns(rank: int | Mapping[str, int], names: list[str]) -> None:
+def _require_matching_patterns(rank: Rank | Mapping[str, Rank], names: list[str]) -> None:
     for pattern in rank if isinstance(rank, Mapping) else ():
         if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from lightning_powersgd.compressor.basis import normalize_rows, random_factor
 from lightning_powersgd.compressor.checkpoint import (
     FORMAT_VERSION,
+    as_saved,
     load_entry,
     make_entry,
     require_readable,
@@ -74,13 +76,13 @@ class PowerSGDState:
         group_bytes: int = DEFAULT_GROUP_BYTES,
         arrival: Iterable[str] | None = None,
     ) -> None:
-        named = list(named_parameters)
+        named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
+        order = None if arrival is None else list(arrival)
+        self._make_plan = partial(make_plan, named, group_bytes=group_bytes, arrival=order)
         self.config = config
-        self.plan: Plan = make_plan(named, config, group_bytes, arrival)
-        self.parameters = {parameter_name(name): parameter for name, parameter in named if parameter.requires_grad}
-        self._frozen = {
-            parameter_name(name): tuple(parameter.shape) for name, parameter in named if not parameter.requires_grad
-        }
+        self.plan: Plan = self._make_plan(config)
+        self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
+        self._frozen = {name: tuple(parameter.shape) for name, parameter in named if not parameter.requires_grad}
         # What was loaded for frozen parameters: entries of a state by name, at the loss scale that was loaded.
         self._waiting: dict[str, Mapping[str, Any]] = {}
         self._loaded_scale = 1.0
@@ -102,20 +104,7 @@ class PowerSGDState:
         self.magnitudes: dict[str, dict[Side, Tensor]] = {}
         self.drawn: dict[str, set[Side]] = {}
         self.loss_scale = torch.ones((), device=self.device)
-        for group in self.plan.groups:
-            for slot in group.compressed:
-                if config.error_feedback:
-                    parameter = self.parameters[slot.name]
-                    self.errors[slot.name] = torch.zeros_like(parameter, dtype=config.error_dtype, requires_grad=False)
-                self.factors[slot.name] = {
-                    side: self.first_factor(slot, side).to(self.device, group.dtype)
-                    for side in (SIDES if config.alternate else SIDES[1:])
-                }
-                self.drawn[slot.name] = set(SIDES if config.alternate else ())
-                if group.dtype == torch.float16:
-                    self.magnitudes[slot.name] = {
-                        side: torch.full((slot.rank, 1), FIRST_MAGNITUDE, device=self.device) for side in SIDES
-                    }
+        self._make_buffers()
 
     @property
     def compressing(self) -> bool:
@@ -126,6 +115,34 @@ class PowerSGDState:
     def all_errors(self) -> dict[str, Tensor]:
         """The error buffers by name, also those that wait for frozen parameters."""
         return self.errors | {name: entry["error"] for name, entry in self._waiting.items() if "error" in entry}
+
+    def configure(self, config: PowerSGDConfig) -> None:
+        """Take other settings, before the first step.
+
+        Raises:
+            ValueError: if the parameters do not fit them.
+        """
+        self.plan = self._make_plan(config)
+        self.config = config
+        for buffers in (self.errors, self.factors, self.magnitudes, self.drawn):
+            buffers.clear()
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        for group in self.plan.groups:
+            for slot in group.compressed:
+                if self.config.error_feedback:
+                    parameter, dtype = self.parameters[slot.name], self.config.error_dtype
+                    self.errors[slot.name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+                self.factors[slot.name] = {
+                    side: self.first_factor(slot, side).to(self.device, group.dtype)
+                    for side in (SIDES if self.config.alternate else SIDES[1:])
+                }
+                self.drawn[slot.name] = set(SIDES if self.config.alternate else ())
+                if group.dtype == torch.float16:
+                    self.magnitudes[slot.name] = {
+                        side: torch.full((slot.rank, 1), FIRST_MAGNITUDE, device=self.device) for side in SIDES
+                    }
 
     def first_factor(self, slot: Slot, side: Side) -> Tensor:
         """Draw a random factor on the CPU from the seed and the parameter's name (and, without warm start, the step).
@@ -256,8 +273,9 @@ class PowerSGDState:
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Take over what `state_dict` gave, or nothing at all if that cannot be.
 
-        A buffer whose parameter is still there in its shape is taken over, also under another rank or pattern; a factor
-        also needs its rank and side.
+        An automatic rank for which nothing else was given becomes what it was in the saved run. A buffer whose
+        parameter is still there in its shape is taken over, also under another rank or pattern; a factor also needs its
+        rank and side.
 
         Args:
             state: from `state_dict`.
@@ -279,6 +297,9 @@ class PowerSGDState:
                     f"The PowerSGD state was saved for {name!r} of shape {found}, but the model's has shape {shape}."
                     " Resume with the model that was saved, or delete the checkpoint's 'powersgd' entry."
                 )
+        config = as_saved(self.config, state["settings"])
+        if config != self.config:
+            self.configure(config)
         self.step = state["step"]
         self.averaged = state["averaged"]
         self.total_dense_bytes = state["total_dense_bytes"]

@@ -30,12 +30,15 @@ decides what is kept, and the host asks at the beginning of the next step, when 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_powersgd.compressor.config import PowerSGDConfig
+from lightning_powersgd.compressor.plan import Slot
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.verdict import any_of, known
 from lightning_powersgd.exchange.averages import mean_over_ranks
@@ -82,18 +85,14 @@ class GradientExchange:
         self.exchanging = False
         self._device = state.device
         self._judges = judges
-        self._wires = Wires(process_group, state.device)
         self._loss_scale = LossScale(scaler, state)
-        compressed = {slot.name: state.parameters[slot.name] for slot in state.plan.compressed}
-        self._names = set(compressed)
-        self._reached = ReachedParameters(compressed) if track_unused else None
-        self._exact = [ExactGroup(group, self._wires) for group in state.plan.groups]
-        self._compressed = self._make_groups()
-        self._place = {
-            state.parameters[slot.name]: (index, slot)
-            for index, group in enumerate(state.plan.groups)
-            for slot in group.slots
-        }
+        self._track_unused = track_unused
+        self._reached: ReachedParameters | None = None
+        self._exact: list[ExactGroup] = []
+        self._compressed: list[CompressedGroup] = []
+        # Of each parameter: the number of its group, and its slot.
+        self._place: dict[Tensor, tuple[int, Slot]] = {}
+        self._lay_out()
         self._dense_bytes = 0
         self._started = 0
         self._averaging: list[Work] = []
@@ -128,6 +127,19 @@ class GradientExchange:
             scaler: what the loss is scaled with from now on, and was in the steps before.
         """
         self._loss_scale.follow(scaler)
+
+    def compresses(self, parameter: Tensor) -> bool:
+        """Whether the gradients of a parameter are compressed, in steps that are."""
+        return parameter in self._place and self._place[parameter][1].rank > 0
+
+    def configure(self, config: PowerSGDConfig) -> None:
+        """Take other settings, before the first step. Every rank must do so alike.
+
+        Raises:
+            ValueError: if the parameters do not fit them.
+        """
+        self.state.configure(config)
+        self._lay_out()
 
     def begin_step(self) -> None:
         """Begin a step. One that was broken off by an exception is forgotten."""
@@ -231,9 +243,13 @@ class GradientExchange:
         self.average_errors()
         return self.state.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave (see `PowerSGDState.load_state_dict`)."""
-        self.state.load_state_dict(state_dict)
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """Take over what `state_dict` gave, and tell what did not fit (see `PowerSGDState.load_state_dict`)."""
+        before = self.state.plan
+        not_carried_over = self.state.load_state_dict(state_dict)
+        if self.state.plan is not before:
+            self._lay_out()
+        return not_carried_over
 
     def retire(self) -> None:
         """Let go of the accelerator's memory and of the ranks; the state stays, on the CPU, for a last checkpoint."""
@@ -247,6 +263,23 @@ class GradientExchange:
     @property
     def _groups(self) -> list[CompressedGroup] | list[ExactGroup]:
         return self._compressed if self.state.compressing else self._exact
+
+    def _lay_out(self) -> None:
+        """Make the groups and the wires of the state's plan."""
+        state, plan = self.state, self.state.plan
+        if self._reached is not None:
+            self._reached.retire()
+        compressed = {slot.name: state.parameters[slot.name] for slot in plan.compressed}
+        self._names = set(compressed)
+        self._reached = ReachedParameters(compressed) if self._track_unused else None
+        self._wires = Wires(self.process_group, state.device)
+        self._exact = [ExactGroup(group, self._wires) for group in plan.groups]
+        self._compressed = self._make_groups()
+        self._place = {
+            state.parameters[slot.name]: (index, slot)
+            for index, group in enumerate(plan.groups)
+            for slot in group.slots
+        }
 
     def _make_groups(self) -> list[CompressedGroup]:
         groups: list[CompressedGroup] = []

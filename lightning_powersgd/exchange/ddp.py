@@ -76,9 +76,7 @@ class DDPBuckets:
     def __init__(self, exchange: GradientExchange, guard_layouts: bool = True) -> None:
         self._exchange = exchange
         self._guard_layouts = guard_layouts
-        parameters = exchange.state.parameters
-        compressed = {slot.name: parameters[slot.name] for slot in exchange.state.plan.compressed}
-        self._names = {parameter: name for name, parameter in compressed.items()}
+        self._names = {parameter: name for name, parameter in exchange.state.parameters.items()}
         self._layouts = {parameter: _layout(parameter) for parameter in self._names}
         self._futures: list[tuple[Future[Tensor], Tensor]] = []
 
@@ -113,7 +111,7 @@ class DDPBuckets:
 
         DDP lays it out as its parameter was (`channels_last`, say), but shows it contiguous.
         """
-        if parameter not in self._names:
+        if not self._exchange.compresses(parameter):
             return gradient
         dtype, strides = self._layouts[parameter]
         if self._guard_layouts and (dtype, strides) != _layout(parameter):

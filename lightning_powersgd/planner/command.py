@@ -19,7 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lightning_powersgd.compressor.config import PowerSGDConfig
+import torch
+
+from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig, Rank
+from lightning_powersgd.compressor.turnaround import turnaround_for
 from lightning_powersgd.planner import figure, report
 from lightning_powersgd.planner.forecast import DEFAULT_LATENCY, Forecast, forecast_exchange
 from lightning_powersgd.planner.targets import load_target
@@ -101,7 +104,22 @@ def _add_plan(commands: Any) -> _Parser:
         "--rank",
         action="append",
         metavar="RANK",
-        help="a number (default 2), or PATTERN=NUMBER of parameter names, repeated: the first match wins, 0 is whole",
+        help="a number, or auto (default), or PATTERN=NUMBER of parameter names, repeated: the first match wins, 0 is"
+        " whole",
+    )
+    automatic = settings.add_mutually_exclusive_group()
+    automatic.add_argument(
+        "--steps", type=int, metavar="T", help="of the training, for --rank auto (default: 10000, as with AdamW)"
+    )
+    automatic.add_argument(
+        "--turnaround", type=float, metavar="STEPS", help="for --rank auto, instead of --steps: see docs/settings.md"
+    )
+    automatic.add_argument("--max-bytes", type=int, metavar="BYTES", help="a step, for --rank auto, instead of --steps")
+    settings.add_argument(
+        "--optimizer",
+        choices=("adam", "sgd"),
+        default="adam",
+        help="of the training, for --steps: sgd can do with a tenth of the rank (default %(default)s; also for others)",
     )
     settings.add_argument("--alternate", action="store_true", help="send one factor a step instead of both")
     settings.add_argument(
@@ -158,8 +176,13 @@ def _forecast(arguments: argparse.Namespace) -> Forecast:
         raise ValueError(
             f"`step_seconds={arguments.step_seconds}` is not the time of a step. Give seconds, such as 0.25."
         )
+    rank = _rank(arguments.rank)
+    if arguments.steps is not None and not PowerSGDConfig(rank=rank).automatic:
+        raise ValueError(f"--steps has no effect beside --rank {' --rank '.join(arguments.rank)}. Use --rank auto.")
     config = PowerSGDConfig(
-        rank=_rank(arguments.rank),
+        rank=rank,
+        turnaround=_turnaround(arguments),
+        max_bytes=arguments.max_bytes,
         min_compression_ratio=arguments.min_compression_ratio,
         alternate=arguments.alternate,
         comm_dtype=arguments.comm_dtype,
@@ -181,27 +204,43 @@ def _forecast(arguments: argparse.Namespace) -> Forecast:
 
 def _title(forecast: Forecast, arguments: argparse.Namespace) -> str:
     name = Path(arguments.target).name.rpartition(":")[2]
-    ranks = ", ".join(arguments.rank or [str(PowerSGDConfig.rank)])
-    options = ", alternating" if arguments.alternate else ""
+    ranks = ", ".join(arguments.rank or [AUTO])
+    options = f", {arguments.steps:,} steps" if arguments.steps is not None else ""
+    options += ", alternating" if arguments.alternate else ""
     options += f", {arguments.comm_dtype} on the wire" if arguments.comm_dtype else ""
     return f"{name}, rank {ranks}{options}, {forecast.world_size} processes"
 
 
-def _rank(values: list[str] | None) -> int | Mapping[str, int]:
+def _turnaround(arguments: argparse.Namespace) -> float | None:
+    if arguments.steps is None:
+        turnaround: float | None = arguments.turnaround
+        return turnaround
+    tensor = torch.empty(1)
+    kinds = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    return turnaround_for(arguments.steps, kinds[arguments.optimizer]([tensor]))
+
+
+def _rank(values: list[str] | None) -> Rank | Mapping[str, Rank]:
     if values is None:
-        return PowerSGDConfig.rank
+        return AUTO
     pairs = [value.rpartition("=")[::2] for value in values]
     for value, (_, number) in zip(values, pairs, strict=True):
-        if not number.removeprefix("-").isdecimal():
-            raise ValueError(f"--rank {value} is neither a number, such as 2, nor PATTERN=NUMBER, such as 'embed*=0'.")
+        if number != AUTO and not number.removeprefix("-").isdecimal():
+            raise ValueError(
+                f"--rank {value} is neither auto nor a number, such as 2, nor PATTERN=NUMBER, such as 'embed*=0'."
+            )
     if len(pairs) == 1 and not pairs[0][0]:
-        return int(pairs[0][1])
+        return _number(pairs[0][1])
     if any(not pattern for pattern, _ in pairs):
         raise ValueError(f"--rank {' --rank '.join(values)} mixes numbers and patterns. Use '*=NUMBER' for the rest.")
-    ranks: dict[str, int] = {}
+    ranks: dict[str, Rank] = {}
     for pattern, number in pairs:
-        ranks.setdefault(pattern, int(number))
+        ranks.setdefault(pattern, _number(number))
     return ranks
+
+
+def _number(text: str) -> Rank:
+    return AUTO if text == AUTO else int(text)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

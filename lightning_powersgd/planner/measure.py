@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_powersgd.compressor.config import PowerSGDConfig
+from lightning_powersgd.compressor.config import PowerSGDConfig, Rank
 from lightning_powersgd.compressor.plan import Group, Plan, Slot, make_plan
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.exchange.core import GradientExchange
@@ -42,7 +42,7 @@ def measure_compression(plan: Plan, config: PowerSGDConfig, device: torch.device
     operations = sum(6 * slot.rank * slot.numel for slot in plan.compressed)
     share = min(1.0, _MOST_BYTES / (2 * plan.dense_bytes), _MOST_OPERATIONS / operations)
     sample, ranks = _sample(plan, share, alternate=config.alternate)
-    config = replace(config, rank=ranks, start_step=0, min_compression_ratio=1.0)
+    config = replace(config, rank=ranks, turnaround=None, max_bytes=None, start_step=0, min_compression_ratio=1.0)
     gradients: dict[str, Tensor] = {}
     for group in make_plan(sample, config).groups:
         gradients |= _random_gradients(group, device)
@@ -82,10 +82,10 @@ def _random_gradients(group: Group, device: torch.device) -> dict[str, Tensor]:
     return {slot.name: part.view(slot.shape) for slot, part in zip(group.slots, parts, strict=True)}
 
 
-def _sample(plan: Plan, share: float, *, alternate: bool) -> tuple[list[tuple[str, Tensor]], dict[str, int]]:
+def _sample(plan: Plan, share: float, *, alternate: bool) -> tuple[list[tuple[str, Tensor]], dict[str, Rank]]:
     """Give named parameters, on the meta device, that are a share of a plan's, and their ranks."""
     sample: list[tuple[str, Tensor]] = []
-    ranks: dict[str, int] = {}
+    ranks: dict[str, Rank] = {}
     for kind, count in Counter(replace(slot, name="") for slot in plan.slots).items():
         shape = kind.shape
         if shape and count * share < 1:

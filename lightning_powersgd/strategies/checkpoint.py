@@ -30,7 +30,7 @@ def load_exchange(exchange: GradientExchange, saved: Mapping[str, Any] | None) -
     if saved is None:
         rank_zero_info("The checkpoint has no PowerSGD state: error buffers start empty.")
         return
-    not_carried_over = exchange.state.load_state_dict(saved)
+    not_carried_over = exchange.load_state_dict(saved)
     if not_carried_over:
         lines = "\n  ".join(not_carried_over)
         rank_zero_warn(f"Not all of the checkpoint's PowerSGD state could be carried over:\n  {lines}")

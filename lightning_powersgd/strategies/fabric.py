@@ -7,14 +7,14 @@ from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_powersgd.compressor.config import PowerSGDConfig, floating_dtype
+from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig, Rank, floating_dtype
 from lightning_powersgd.compressor.parameters import require_values
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.ddp import attach_powersgd
@@ -31,6 +31,7 @@ from lightning_powersgd.lightning_types import (
 from lightning_powersgd.namespaces import follow
 from lightning_powersgd.strategies.advice import needs_exact_gradients, warn_of_muon
 from lightning_powersgd.strategies.arguments import ddp_arguments, documented
+from lightning_powersgd.strategies.automatic_rank import say_what_is_compressed
 from lightning_powersgd.strategies.checkpoint import CHECKPOINT_KEY, ERRORS_NOT_SAVED, load_exchange
 from lightning_powersgd.strategies.equal_ranks import describe_exchange, require_equal_ranks
 from lightning_powersgd.strategies.names import Named
@@ -61,7 +62,9 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
 
     def __init__(
         self,
-        rank: int | Mapping[str, int] = 2,
+        rank: Rank | Mapping[str, Rank] = AUTO,
+        turnaround: float | None = None,
+        max_bytes: int | None = None,
         start_step: int = 0,
         min_compression_ratio: float = 2.0,
         alternate: bool = False,
@@ -90,6 +93,8 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
         ddp_kwargs = ddp_arguments(PowerSGDFabricStrategy, ddp_kwargs, bucket_cap_mb)
         self.config = PowerSGDConfig(
             rank=rank,
+            turnaround=turnaround,
+            max_bytes=max_bytes,
             start_step=start_step,
             min_compression_ratio=min_compression_ratio,
             alternate=alternate,
@@ -145,8 +150,7 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
         exchange = attach_powersgd(ddp, self.config, self.scaler or getattr(self.precision, "scaler", None))
         exchange.state.exact = self._exact
         self._exchanges[ddp] = exchange
-        say = rank_zero_info if any(exchange.state.plan.compressed) else rank_zero_warn
-        say(f"{exchange.state.plan.summary(alternate=self.config.alternate)}.")
+        say_what_is_compressed(exchange.state)
         return ddp
 
     @override

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_powersgd.compressor.config import PowerSGDConfig, floating_dtype, require_int
+from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig, Rank, floating_dtype, require_int
 from lightning_powersgd.compressor.parameters import require_values
 from lightning_powersgd.exchange.agreement import require_alike
 from lightning_powersgd.exchange.core import GradientExchange
@@ -25,6 +26,7 @@ from lightning_powersgd.lightning_types import STEP_OUTPUT, CheckpointIO, Cluste
 from lightning_powersgd.metrics.monitors import CompressionMonitor
 from lightning_powersgd.strategies.advice import GradientHooks, needs_exact_gradients, warn_of_muon
 from lightning_powersgd.strategies.arguments import ddp_arguments, documented
+from lightning_powersgd.strategies.automatic_rank import is_open, length_of, say_what_is_compressed, settled
 from lightning_powersgd.strategies.checkpoint import CHECKPOINT_KEY, ERRORS_NOT_SAVED, load_exchange
 from lightning_powersgd.strategies.equal_ranks import describe_exchange
 from lightning_powersgd.strategies.replicas import ReplicaCheck
@@ -48,7 +50,7 @@ _UNUSED_PARAMETERS = (
 class PowerSGDStrategy(SharedLifecycle):
     """Distributed data-parallel training with PowerSGD gradient compression.
 
-    Use it as ``Trainer(strategy=PowerSGDStrategy(rank=2))``, or by name as ``Trainer(strategy="powersgd")``. It is
+    Use it as ``Trainer(strategy=PowerSGDStrategy())``, or by name as ``Trainer(strategy="powersgd")``. It is
     `lightning.pytorch.strategies.DDPStrategy` in everything but the exchange of gradients
     (Vogels, Karimireddy and Jaggi, NeurIPS 2019, arXiv 1905.13727).
 
@@ -84,7 +86,9 @@ class PowerSGDStrategy(SharedLifecycle):
 
     def __init__(
         self,
-        rank: int | Mapping[str, int] = 2,
+        rank: Rank | Mapping[str, Rank] = AUTO,
+        turnaround: float | None = None,
+        max_bytes: int | None = None,
         start_step: int = 0,
         min_compression_ratio: float = 2.0,
         alternate: bool = False,
@@ -128,6 +132,8 @@ class PowerSGDStrategy(SharedLifecycle):
         )
         self.config = PowerSGDConfig(
             rank=rank,
+            turnaround=turnaround,
+            max_bytes=max_bytes,
             start_step=start_step,
             min_compression_ratio=min_compression_ratio,
             alternate=alternate,
@@ -214,25 +220,35 @@ class PowerSGDStrategy(SharedLifecycle):
         # Lightning registers hooks on CUDA only, and says nothing elsewhere.
         assert isinstance(self.model, DistributedDataParallel)
         previous = self._exchange
-        self._exchange = attach_powersgd(self.model, self.config, self._find_scaler(), guard_layouts=False)
-        state = self._exchange.state
+        config = self.config if previous is None else previous.state.config
+        self._exchange = attach_powersgd(self.model, config, self._find_scaler(), guard_layouts=False)
         if previous is not None:
             # What a parameter that is frozen now had is kept as a checkpoint would keep it, but on each rank its own.
-            state.load_state_dict(previous.state.state_dict())
-            state.exact = previous.state.exact
+            self._exchange.load_state_dict(previous.state.state_dict())
+            self._exchange.state.exact = previous.state.exact
             previous.retire()
-            return
-        say = rank_zero_info if any(state.plan.compressed) else rank_zero_warn
-        say(f"{state.plan.summary(alternate=self.config.alternate)}.")
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         self._untaken = UntakenGradients(self.optimizers)
         if self._exchange is not None:
-            state = self._exchange.state
-            state.exact = needs_exact_gradients(self.optimizers)
-            warn_of_muon(self.optimizers, state)
+            self._exchange.state.exact = needs_exact_gradients(self.optimizers)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._exchange is None:
+            return
+        assert self.lightning_module is not None
+        # Now that the data are there and a checkpoint, whose ranks would be kept, has been loaded.
+        state, steps = self._exchange.state, length_of(self.lightning_module.trainer)
+        if is_open(state.config):
+            config = settled(state.config, steps, self.optimizers)
+            # The first rank's, since ranks may have unequal numbers of batches.
+            self._exchange.configure(replace(config, turnaround=self.broadcast(config.turnaround)))
+        say_what_is_compressed(state, steps)
+        warn_of_muon(self.optimizers, state)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

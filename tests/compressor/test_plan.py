@@ -25,7 +25,7 @@ def named(**shapes: tuple[int, ...]) -> list[tuple[str, nn.Parameter]]:
 
 
 def ranks(parameters: list[tuple[str, nn.Parameter]], **config) -> dict[str, int]:
-    return {slot.name: slot.rank for slot in make_plan(parameters, PowerSGDConfig(**config)).slots}
+    return {slot.name: slot.rank for slot in make_plan(parameters, PowerSGDConfig(**{"rank": 2, **config})).slots}
 
 
 def test_vectors_small_matrices_and_what_would_not_shrink_enough_are_sent_whole():
@@ -71,17 +71,17 @@ def test_compiled_names_are_those_of_the_module():
 
 def test_groups_close_when_full_and_lead_with_the_last_parameters():
     parameters = named(a=(50, 50), b=(50, 50), c=(50,), d=(50, 50))
-    plan = make_plan(parameters, PowerSGDConfig(), group_bytes=10_001)
+    plan = make_plan(parameters, PowerSGDConfig(rank=2), group_bytes=10_001)
     assert [[slot.name for slot in group.slots] for group in plan.groups] == [["c", "d"], ["b", "a"]]
-    one = make_plan(parameters, PowerSGDConfig(), group_bytes=1)
+    one = make_plan(parameters, PowerSGDConfig(rank=2), group_bytes=1)
     assert [[slot.name for slot in group.slots] for group in one.groups] == [["d"], ["c"], ["b"], ["a"]]
 
 
 def test_dtypes_travel_apart():
     parameters = [*named(a=(50, 50), b=(50,)), ("half", nn.Parameter(torch.empty(50, 50, dtype=torch.bfloat16)))]
-    together = make_plan(parameters, PowerSGDConfig())
+    together = make_plan(parameters, PowerSGDConfig(rank=2))
     assert [group.dtype for group in together.groups] == [torch.bfloat16, torch.float32]
-    apart = make_plan(parameters, PowerSGDConfig(comm_dtype="bfloat16"))
+    apart = make_plan(parameters, PowerSGDConfig(rank=2, comm_dtype="bfloat16"))
     assert [(group.dtype, [slot.name for slot in group.slots]) for group in apart.groups] == [
         (torch.bfloat16, ["half"]),
         (torch.float32, ["b"]),
@@ -97,7 +97,7 @@ def test_bytes_and_summary():
     assert plan.summary(alternate=False) == (
         "PowerSGD compresses 1 of 2 trainable parameters: 0.02 MB of gradients a step become 0.001 MB (16.2×)"
     )
-    assert "none of the 1" in make_plan(named(b=(10,)), PowerSGDConfig()).summary(alternate=False)
+    assert "none of the 1" in make_plan(named(b=(10,)), PowerSGDConfig(rank=2)).summary(alternate=False)
 
 
 def test_the_turnaround_is_that_of_the_slowest_matrix():
@@ -106,26 +106,26 @@ def test_the_turnaround_is_that_of_the_slowest_matrix():
     # 50 directions of a, 2 a step; 120 of b, 8 a step.
     assert plan.turnaround(alternate=False) == 25
     assert plan.turnaround(alternate=True) == 50
-    assert make_plan(named(c=(10,)), PowerSGDConfig()).turnaround(alternate=False) == 0
+    assert make_plan(named(c=(10,)), PowerSGDConfig(rank=2)).turnaround(alternate=False) == 0
 
 
 def test_what_travels_together():
     # Groups of (c, d), then (b, a); matrices of 50 × 50 at rank 2, so that a factor has 400 bytes.
     parameters = named(a=(50, 50), b=(50, 50), c=(50,), d=(50, 50))
-    plan = make_plan(parameters, PowerSGDConfig(), group_bytes=10_001)
+    plan = make_plan(parameters, PowerSGDConfig(rank=2), group_bytes=10_001)
     assert plan.payloads(alternate=False) == [200 + 400, 800 + 400, 800]
     assert plan.payloads(alternate=True) == [200 + 400, 800]
     # A right factor does not travel with what has another dtype.
     parameters += [("half", nn.Parameter(torch.empty(50, 50, dtype=torch.bfloat16)))]
-    plan = make_plan(parameters, PowerSGDConfig(), group_bytes=10_001)
+    plan = make_plan(parameters, PowerSGDConfig(rank=2), group_bytes=10_001)
     assert sorted(plan.payloads(alternate=False)) == [200, 200, 600, 800, 1200]
-    assert make_plan(named(b=(10,)), PowerSGDConfig()).payloads(alternate=False) == [40]
+    assert make_plan(named(b=(10,)), PowerSGDConfig(rank=2)).payloads(alternate=False) == [40]
 
 
 def test_what_is_sent_whole_and_large_travels_alone_after_its_group():
     # 1 MiB and just less; the matrices are of 50 × 50 at rank 2.
     parameters = named(a=(50, 50), less=(2**18 - 1,), large=(2**18,), b=(50, 50), c=(50,))
-    plan = make_plan(parameters, PowerSGDConfig(), group_bytes=10_001)
+    plan = make_plan(parameters, PowerSGDConfig(rank=2), group_bytes=10_001)
     assert plan.payloads(alternate=False) == [200 + 400, 400, 2**20, 2**20 - 4, 400, 400]
     assert sum(plan.payloads(alternate=False)) == plan.sent_bytes(alternate=False)
 

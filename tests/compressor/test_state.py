@@ -16,7 +16,7 @@ from lightning_powersgd import PowerSGDConfig, PowerSGDState
 
 def make_state(rows: int = 40, **config: Any) -> PowerSGDState:
     net = nn.ModuleDict({"a": nn.Linear(30, rows), "b": nn.Conv2d(8, 20, 3, bias=False)})
-    return PowerSGDState(net.named_parameters(), PowerSGDConfig(**config))
+    return PowerSGDState(net.named_parameters(), PowerSGDConfig(**{"rank": 2, **config}))
 
 
 def filled(**config: Any) -> PowerSGDState:
@@ -48,7 +48,7 @@ def test_first_factors_depend_on_the_seed_and_the_name_alone():
     assert not torch.equal(first["a.weight"]["right"], make_state(seed=1).factors["a.weight"]["right"])
     torch.manual_seed(5)
     net = nn.ModuleDict({"c": nn.Linear(9, 9), "a": nn.Linear(30, 40)})
-    other = PowerSGDState(net.named_parameters(), PowerSGDConfig(), group_bytes=1)
+    other = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2), group_bytes=1)
     assert torch.equal(first["a.weight"]["right"], other.factors["a.weight"]["right"])
 
 
@@ -57,7 +57,7 @@ def test_drawing_factors_leaves_the_global_generator_alone():
     expected = torch.rand(1)
     torch.manual_seed(0)
     net = nn.utils.skip_init(nn.Linear, 30, 40)
-    PowerSGDState(net.named_parameters(), PowerSGDConfig())
+    PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2))
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -107,7 +107,7 @@ def test_a_factor_saved_in_another_memory_format_is_taken_over_in_place():
     contiguous = filled()
     net = nn.ModuleDict({"a": nn.Linear(30, 40), "b": nn.Conv2d(8, 20, 3, bias=False)})
     net.to(memory_format=torch.channels_last)
-    other = PowerSGDState(net.named_parameters(), PowerSGDConfig())
+    other = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2))
     assert other.load_state_dict(contiguous.state_dict()) == []
     assert not torch.equal(other.factors["b.weight"]["right"], contiguous.factors["b.weight"]["right"])
     factors = [state.state_dict()["parameters"]["b.weight"]["factors"]["right"] for state in (contiguous, other)]
@@ -130,11 +130,11 @@ def test_another_rank_keeps_the_errors_and_says_what_was_not_kept():
 
 def test_a_factor_of_the_other_side_is_not_mistaken_for_this_one():
     net = nn.Linear(30, 30)
-    alternating = PowerSGDState(net.named_parameters(), PowerSGDConfig(alternate=True))
+    alternating = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2, alternate=True))
     alternating.keep_step(True)
     saved = alternating.state_dict()
     del saved["parameters"]["weight"]["factors"]["right"]
-    full = PowerSGDState(net.named_parameters(), PowerSGDConfig(seed=1))
+    full = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2, seed=1))
     untouched = full.factors["weight"]["right"].clone()
     assert full.load_state_dict(saved) == ["weight: right factor of shape None where (2, 30) is needed"]
     assert full.held == "right"
@@ -166,16 +166,16 @@ def test_another_format_is_an_error_that_names_the_remedy():
 def test_parameters_without_values_or_on_several_devices_are_refused():
     meta = nn.Linear(8, 8, device="meta")
     with pytest.raises(ValueError, match="'weight' is on the meta device"):
-        PowerSGDState(meta.named_parameters(), PowerSGDConfig())
+        PowerSGDState(meta.named_parameters(), PowerSGDConfig(rank=2))
     with FakeTensorMode():
         parameters = [("here", nn.Parameter(torch.empty(3))), ("there", nn.Parameter(torch.empty(3, device="cuda")))]
     with pytest.raises(ValueError, match="several devices: 'here' on cpu, 'there' on cuda"):
-        PowerSGDState(parameters, PowerSGDConfig())
+        PowerSGDState(parameters, PowerSGDConfig(rank=2))
 
 
 def test_a_model_without_trainable_parameters_has_an_empty_plan():
     net = nn.Linear(30, 40).requires_grad_(False)
-    state = PowerSGDState(net.named_parameters(), PowerSGDConfig())
+    state = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2))
     assert list(state.plan.slots) == []
     assert state.load_state_dict(state.state_dict()) == []
 
@@ -186,7 +186,7 @@ def test_a_frozen_parameter_keeps_its_errors_at_the_present_loss_scale():
     before = state.state_dict()["parameters"]["a.weight"]
     net = nn.ModuleDict({"a": nn.Linear(30, 40), "b": nn.Conv2d(8, 20, 3, bias=False)})
     net["a"].weight.requires_grad_(False)
-    frozen = PowerSGDState(net.named_parameters(), PowerSGDConfig(comm_dtype="float16"))
+    frozen = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2, comm_dtype="float16"))
     assert frozen.load_state_dict(state.state_dict()) == []
     frozen.loss_scale.fill_(2.0**8)
     after = frozen.state_dict()["parameters"]["a.weight"]
@@ -199,13 +199,13 @@ def test_a_frozen_parameter_keeps_its_errors_at_the_present_loss_scale():
 def test_a_frozen_parameter_of_another_shape_is_an_error_at_once():
     net = nn.ModuleDict({"a": nn.Linear(31, 40), "b": nn.Conv2d(8, 20, 3, bias=False)})
     net["a"].weight.requires_grad_(False)
-    state = PowerSGDState(net.named_parameters(), PowerSGDConfig())
+    state = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2))
     with pytest.raises(ValueError, match=r"'a.weight' of shape \(40, 30\)"):
         state.load_state_dict(filled().state_dict())
 
 
 def test_what_a_state_gives_out_is_its_own_and_loads_into_itself():
-    state = PowerSGDState(nn.Linear(40, 30).named_parameters(), PowerSGDConfig(error_dtype=torch.float32))
+    state = PowerSGDState(nn.Linear(40, 30).named_parameters(), PowerSGDConfig(rank=2, error_dtype=torch.float32))
     state.errors["weight"].fill_(1.0)
     snapshot = state.state_dict()
     state.load_state_dict(state.state_dict())
@@ -219,9 +219,9 @@ def test_what_a_state_gives_out_is_its_own_and_loads_into_itself():
 
 def test_what_waits_for_a_frozen_parameter_is_the_states_own_too():
     layer = nn.Linear(40, 30)
-    saved = PowerSGDState(layer.named_parameters(), PowerSGDConfig()).state_dict()
+    saved = PowerSGDState(layer.named_parameters(), PowerSGDConfig(rank=2)).state_dict()
     layer.weight.requires_grad_(False)
-    state = PowerSGDState(layer.named_parameters(), PowerSGDConfig())
+    state = PowerSGDState(layer.named_parameters(), PowerSGDConfig(rank=2))
     state.load_state_dict(saved)
     saved["parameters"]["weight"]["error"].fill_(1.0)
     given = state.state_dict()

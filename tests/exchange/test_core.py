@@ -16,7 +16,7 @@ from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState
 
 
 def exchange_of(net: nn.Module, group_bytes: int = 2**20, arrival: Iterable[str] | None = None, **settings):
-    state = PowerSGDState(net.named_parameters(), PowerSGDConfig(**settings), group_bytes, arrival)
+    state = PowerSGDState(net.named_parameters(), PowerSGDConfig(**{"rank": 2, **settings}), group_bytes, arrival)
     return GradientExchange(state)
 
 
@@ -119,7 +119,7 @@ def test_an_order_of_arrival_without_a_parameter_is_refused():
     net = make_net()
     others = [name for name, _ in net.named_parameters() if name != "3.weight"]
     with pytest.raises(ValueError, match=r"`arrival` has not the trainable parameter '3\.weight'"):
-        PowerSGDState(net.named_parameters(), PowerSGDConfig(), arrival=others)
+        PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2), arrival=others)
 
 
 @pytest.mark.parametrize("start_step", [0, 2])
@@ -159,7 +159,7 @@ def _two_shards(alternate: bool, accelerator: bool) -> tuple[bool, bool, bool]:
     for judges in (sharding, None):
         torch.manual_seed(shard)
         weight = nn.Parameter(torch.zeros(40, 30 + shard))
-        state = PowerSGDState([("weight", weight)], PowerSGDConfig(alternate=alternate))
+        state = PowerSGDState([("weight", weight)], PowerSGDConfig(rank=2, alternate=alternate))
         exchange = GradientExchange(state, averaging, judges=judges)
         with like_an_accelerator(accelerator):
             for spoiled in (False, True):

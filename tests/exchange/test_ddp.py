@@ -71,7 +71,9 @@ def worst_deviation(results: list[dict[str, Any]], *, resynchronise: bool, alter
         alternate: as in the run.
         config: as in the run.
     """
-    state = PowerSGDState(make_net().named_parameters(), PowerSGDConfig(alternate=alternate, **config))
+    state = PowerSGDState(
+        make_net().named_parameters(), PowerSGDConfig(**{"rank": 2, "alternate": alternate, **config})
+    )
     references = {
         slot.name: Reference(lambda side, slot=slot: state.first_factor(slot, side).T, len(results), alternate)
         for slot in state.plan.compressed
@@ -270,7 +272,9 @@ def _look_up_infinity(accelerator: bool, layer: str, scaled: bool) -> tuple[dict
 @pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
 def test_steps_with_a_large_whole_parameter_equal_the_reference(two_ranks, alternate, bucket_cap_mb):
     results = two_ranks.run(_look_up, alternate, bucket_cap_mb)
-    state = PowerSGDState(Lookup(torch.float64).named_parameters(), PowerSGDConfig(**LOOKUP, alternate=alternate))
+    state = PowerSGDState(
+        Lookup(torch.float64).named_parameters(), PowerSGDConfig(**{"rank": 2, **LOOKUP}, alternate=alternate)
+    )
     (slot,) = state.plan.compressed
     reference = Reference(lambda side: state.first_factor(slot, side).T, 2, alternate)
     for (local, averaged), (others, same) in zip(*results, strict=True):
@@ -309,7 +313,7 @@ def test_eight_groups_take_one_collective_each_and_one_for_the_last(two_ranks, a
 @pytest.mark.parametrize(("alternate", "collectives"), [(False, 2), (True, 1)])
 def test_bytes_are_those_that_enter_all_reduce(two_ranks, alternate, collectives):
     result = two_ranks.run(train, steps=6, alternate=alternate, start_step=2)[0]
-    plan = PowerSGDState(make_net().named_parameters(), PowerSGDConfig(alternate=alternate)).plan
+    plan = PowerSGDState(make_net().named_parameters(), PowerSGDConfig(rank=2, alternate=alternate)).plan
     for step, (entered, counted, calls) in enumerate(result["sent"]):
         assert entered == counted
         if step < 2:
@@ -459,7 +463,7 @@ def _average_twice(error_dtype: str | None) -> bool:
     if dist.get_rank() == 3:
         return True
     model = DistributedDataParallel(make_net(), process_group=group)
-    exchange = attach_powersgd(model, PowerSGDConfig(error_dtype=error_dtype))
+    exchange = attach_powersgd(model, PowerSGDConfig(rank=2, error_dtype=error_dtype))
     for x, y in make_batches(3):
         F.cross_entropy(model(x), y).backward()
     error = exchange.state.errors["3.weight"]
@@ -876,7 +880,7 @@ def test_a_second_hook_is_refused(two_ranks):
 
 def _attach_twice() -> None:
     model, _ = attach(make_net())
-    attach_powersgd(model, PowerSGDConfig())
+    attach_powersgd(model, PowerSGDConfig(rank=2))
 
 
 def test_a_module_that_does_not_hold_the_hook_is_refused(two_ranks):
@@ -887,7 +891,7 @@ def test_a_module_that_does_not_hold_the_hook_is_refused(two_ranks):
 def _lose_the_hook() -> None:
     model = DistributedDataParallel(make_net())
     model._get_ddp_logging_data = lambda: {"comm_hook": "another"}
-    attach_powersgd(model, PowerSGDConfig())
+    attach_powersgd(model, PowerSGDConfig(rank=2))
 
 
 def test_an_unknown_parameter_is_named_as_the_reason(two_ranks):
@@ -898,7 +902,7 @@ def test_an_unknown_parameter_is_named_as_the_reason(two_ranks):
 def _unfreeze_behind_the_back() -> None:
     net = make_net()
     net[7].requires_grad_(False)
-    state = PowerSGDState(net.named_parameters(), PowerSGDConfig())
+    state = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2))
     net[7].requires_grad_(True)
     model = DistributedDataParallel(net)
     exchange = GradientExchange(state)

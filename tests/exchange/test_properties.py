@@ -340,9 +340,11 @@ def damage(draw: Any, state: dict[str, Any]) -> None:
 def test_a_damaged_state_is_refused_as_a_whole_or_loads_as_a_sound_one(data, model, seed):
     config = data.draw(settings_for(list(model)))
     other = data.draw(st.just(config) | settings_for(list(model)))
-    broken = copy.deepcopy(filled(PowerSGDState(made(model), PowerSGDConfig(**config)), seed).state_dict())
+    broken = copy.deepcopy(
+        filled(PowerSGDState(made(model), PowerSGDConfig(**{"rank": 2, **config})), seed).state_dict()
+    )
     damage(data.draw, broken)
-    loading = filled(PowerSGDState(made(model), PowerSGDConfig(**other)), seed + 1)
+    loading = filled(PowerSGDState(made(model), PowerSGDConfig(**{"rank": 2, **other})), seed + 1)
     before = contents(loading)
     refusal = ""
     try:

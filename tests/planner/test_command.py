@@ -119,7 +119,7 @@ def names(printed: str) -> list[str]:
 
 @pytest.mark.parametrize("target", ["zoo:Net", "zoo.py:Net", "./zoo.py:Net"])
 def test_a_table_of_a_class(plan, target):
-    printed = plan(target, "--init", "width=512", "--link", "1gbit", "--link", "100gbit")
+    printed = plan(target, "--rank=2", "--init", "width=512", "--link", "1gbit", "--link", "100gbit")
     assert printed.startswith("Net, rank 2, 8 processes\n")
     rows = [" ".join(line.split()) for line in printed.splitlines()]
     assert "parameter shape matrix sent before after ratio" in rows
@@ -156,7 +156,7 @@ def test_a_terminal_has_colours(plan, monkeypatch):
 
 
 def test_the_speed_up_of_a_step(plan):
-    printed = plan("zoo:Net", "--init=width=512", "--step-seconds=0.1", "--link=10gbit", "--link=10mbit")
+    printed = plan("zoo:Net", "--rank=2", "--init=width=512", "--step-seconds=0.1", "--link=10gbit", "--link=10mbit")
     rows = {line.split()[0]: line.split()[1:] for line in printed.split("without any exchange")[1].splitlines() if line}
     assert rows["10gbit"][-3:] == ["0.75", "to", "0.82×"]
     assert rows["10mbit"][-1] > "20"
@@ -172,7 +172,7 @@ def test_json_is_the_forecast(plan, monkeypatch):
     # What only the tables need may be missing.
     monkeypatch.setattr(importlib.util, "find_spec", _without("rich", "matplotlib"))
     options = ["--link=1gbit", "--world-size=4", "--step-seconds=0.5", "--comm-dtype=bfloat16", "--alternate"]
-    content = json.loads(plan("zoo:Fixed", "--json", *options))
+    content = json.loads(plan("zoo:Fixed", "--json", "--rank=2", *options))
     assert set(content) == {
         "format_version",
         "lightning_powersgd",
@@ -189,10 +189,10 @@ def test_json_is_the_forecast(plan, monkeypatch):
         "links",
     }
     assert content["format_version"] == 1
-    assert content["settings"] == PowerSGDConfig(alternate=True, comm_dtype="bfloat16").to_dict()
+    assert content["settings"] == PowerSGDConfig(rank=2, alternate=True, comm_dtype="bfloat16").to_dict()
     expected = forecast_exchange(
         nn.Sequential(nn.Linear(100, 50)),
-        PowerSGDConfig(alternate=True, comm_dtype="bfloat16"),
+        PowerSGDConfig(rank=2, alternate=True, comm_dtype="bfloat16"),
         world_size=4,
         compress_seconds=0.03,
     )
@@ -283,7 +283,7 @@ def test_a_module_beside_the_file_can_be_imported(plan, zoo):
 @pytest.mark.parametrize("old_format", [False, True])
 def test_a_checkpoint(plan, zoo, ending, old_format):
     module = nn.Sequential(nn.Linear(100, 50), nn.BatchNorm1d(50))
-    state = PowerSGDState(module.named_parameters(), PowerSGDConfig()).state_dict()
+    state = PowerSGDState(module.named_parameters(), PowerSGDConfig(rank=2)).state_dict()
     content = {"state_dict": module.state_dict(), "powersgd": state, "epoch": 3}
     torch.save(content, zoo / f"model.{ending}", _use_new_zipfile_serialization=not old_format)
     assert names(plan("--json", f"model.{ending}")) == ["0.weight", "0.bias", "1.weight", "1.bias"]
@@ -298,6 +298,20 @@ def test_a_plain_state_dict_with_tied_weights(plan, zoo):
 def test_sparse_tensors_of_a_checkpoint_are_no_parameters(plan, zoo):
     torch.save({"weight": torch.zeros(40, 30), "neighbours": torch.eye(40).to_sparse()}, zoo / "graph.pt")
     assert names(plan("--json", "graph.pt")) == ["weight"]
+
+
+def test_automatic_ranks_follow_the_length_of_the_training(plan):
+    def rank(*options: str) -> int:
+        content = json.loads(plan("--json", "zoo:Net", "--init=width=512", *options))
+        return {entry["name"]: entry["rank"] for entry in content["parameters"]}["blocks.0.weight"]
+
+    assert rank() == rank("--steps=10000") == rank("--turnaround=50") == 11
+    assert rank("--steps=20000") == 6
+    assert rank("--steps=20000", "--optimizer=sgd") == 1
+    assert rank("--steps=100") == 0
+    assert rank("--steps=20000", "--rank=*.0.*=3", "--rank=*=auto") == 3
+    assert rank("--max-bytes=100000") == 5
+    assert "Net, rank auto, 20,000 steps, 8 processes" in plan("zoo:Net", "--init=width=512", "--steps=20000")
 
 
 def test_ranks_by_patterns(plan):
@@ -358,8 +372,13 @@ def test_of_a_pattern_given_twice_the_first_wins(plan):
         (["eight_bits.pt"], "The parameter 'weight' is of torch.float8_e4m3fn, in which gradients cannot be averaged."),
         (["list.pt", "--init=width=3"], "list.pt is a checkpoint, and takes no arguments."),
         (["zoo:Fixed", "--link", "fast"], "argument --link: 'fast' is not the speed of a link. Use a number"),
-        (["zoo:Fixed", "--rank", "two"], "--rank two is neither a number, such as 2, nor PATTERN=NUMBER"),
-        (["zoo:Fixed", "--rank", "*=two"], "--rank *=two is neither a number"),
+        (["zoo:Fixed", "--rank", "two"], "--rank two is neither auto nor a number, such as 2, nor PATTERN=NUMBER"),
+        (["zoo:Fixed", "--rank", "*=two"], "--rank *=two is neither auto nor a number"),
+        (["zoo:Fixed", "--steps=0"], "`steps=0` is not the length of a training."),
+        (["zoo:Fixed", "--steps=9", "--rank=2"], "--steps has no effect beside --rank 2. Use --rank auto."),
+        (["zoo:Fixed", "--turnaround=0"], "`turnaround=0.0` is not a number of steps."),
+        (["zoo:Fixed", "--max-bytes=10"], "`max_bytes=10` is too little"),
+        (["zoo:Fixed", "--steps=9", "--max-bytes=10"], "argument --max-bytes: not allowed with argument --steps"),
         (["zoo:Fixed", "--rank", "0"], "`rank=0` is below 1."),
         (["zoo:Fixed", "--rank=-1"], "`rank=-1` is below 1."),
         (["zoo:Fixed", "--rank", "*=-1"], "`rank['*']=-1` is below 0."),

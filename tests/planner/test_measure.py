@@ -25,7 +25,7 @@ from lightning_powersgd.planner import measure
 )
 def test_measuring_goes_through_the_exchange_of_training(config, dtype):
     module = nn.Sequential(*[nn.Linear(60, 60) for _ in range(3)]).to(dtype)
-    result = forecast_exchange(module, PowerSGDConfig(**config), device="cpu")
+    result = forecast_exchange(module, PowerSGDConfig(**{"rank": 2, **config}), device="cpu")
     assert result.compress_seconds > 0
     assert result.measured_on == "this CPU with 1 thread"
 
@@ -35,7 +35,11 @@ def test_a_large_model_is_measured_in_part(monkeypatch, limit):
     # Every look at the clock is a second later than the last, so two steps of any size take a second.
     monkeypatch.setattr(measure.time, "perf_counter", itertools.count().__next__)
     module = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(4)], nn.Linear(64, 256, bias=False))
-    plan, config, device = make_plan(module.named_parameters(), PowerSGDConfig()), PowerSGDConfig(), torch.device("cpu")
+    plan, config, device = (
+        make_plan(module.named_parameters(), PowerSGDConfig(rank=2)),
+        PowerSGDConfig(rank=2),
+        torch.device("cpu"),
+    )
     whole = measure.measure_compression(plan, config, device)
     assert whole == 0.5
     costs = {"_MOST_BYTES": 2 * plan.dense_bytes, "_MOST_OPERATIONS": 12 * plan.dense_bytes // 4}

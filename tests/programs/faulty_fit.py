@@ -112,7 +112,7 @@ def fit(
         directory, save_top_k=0, save_last=True, every_n_train_steps=every, enable_version_counter=False
     )
     # With small buckets, collectives are under way in the middle of a backward pass. No test lasts until the timeout.
-    strategy = PowerSGDStrategy(bucket_cap_mb=0.004, timeout=timedelta(minutes=30), **options)
+    strategy = PowerSGDStrategy(rank=2, bucket_cap_mb=0.004, timeout=timedelta(minutes=30), **options)
     Trainer(
         strategy=strategy,
         accelerator="cpu",

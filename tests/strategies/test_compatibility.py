@@ -123,7 +123,7 @@ def test_plain_ddp_and_ours_hand_each_other_weights_optimizer_and_progress(fit, 
         check_equal(found["optimizer"], saved["optimizer_states"][0])
         assert found["lines"] == []
         if second == "powersgd":
-            fresh = PowerSGDState(Classifier().named_parameters(), PowerSGDConfig()).state_dict()
+            fresh = PowerSGDState(Classifier().named_parameters(), PowerSGDConfig(rank=2)).state_dict()
             check_equal(found["powersgd"], fresh)
             assert found["compressed"] == [True] * STEPS
 
@@ -188,8 +188,8 @@ def test_with_other_settings_a_run_goes_on_with_what_fits_and_says_what_does_not
 
 
 def _change(root: str, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    save(root, PowerSGDStrategy(**before))
-    return resume(root, PowerSGDStrategy(**after))
+    save(root, PowerSGDStrategy(**{"rank": 2, **before}))
+    return resume(root, PowerSGDStrategy(**{"rank": 2, **after}))
 
 
 def test_turning_error_feedback_off_says_that_the_saved_errors_are_lost(fit):
@@ -230,7 +230,7 @@ def _other_buckets(root: str, config: dict[str, Any], compiled: bool) -> tuple[l
     groups, results = [], []
     for path, cap in ((None, None), (f"{root}/epoch=0.ckpt", 0.001)):
         model, saver = Classifier(), ModelCheckpoint(root, "{epoch}", save_top_k=-1)
-        strategy = PowerSGDStrategy(bucket_cap_mb=cap, **config)
+        strategy = PowerSGDStrategy(**{"rank": 2, **config}, bucket_cap_mb=cap)
         run = trainer(strategy, root=root, callbacks=[saver], enable_checkpointing=True)
         with with_compiled_code(compiled):
             run.fit(model, loader(16 * STEPS, shuffle=False), ckpt_path=path)
@@ -428,7 +428,7 @@ def test_every_format_version_has_its_golden_checkpoints():
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_golden_checkpoint_is_taken_over_bit_for_bit(name):
     checkpoint, expected, config = golden(name)
-    state = PowerSGDState(Network().named_parameters(), PowerSGDConfig(**config))
+    state = PowerSGDState(Network().named_parameters(), PowerSGDConfig(**{"rank": 2, **config}))
     assert state.load_state_dict(checkpoint["powersgd"]) == []
     check_equal(holdings(state), expected["held"])
 
@@ -436,7 +436,7 @@ def test_a_golden_checkpoint_is_taken_over_bit_for_bit(name):
 @pytest.mark.parametrize("name", [name for name in GOLDEN if name.startswith(f"version_{FORMAT_VERSION}_")])
 def test_the_present_format_is_still_written_as_in_its_golden_checkpoint(name):
     checkpoint, _, config = golden(name)
-    state = PowerSGDState(Network().named_parameters(), PowerSGDConfig(**config))
+    state = PowerSGDState(Network().named_parameters(), PowerSGDConfig(**{"rank": 2, **config}))
     state.load_state_dict(checkpoint["powersgd"])
     saved, again = checkpoint["powersgd"], state.state_dict()
     # A setting may come without a new format, since nothing is read from them, and so may what can be left out.

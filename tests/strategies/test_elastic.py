@@ -39,7 +39,9 @@ def go_on(root: str, start: int, end: int, config: dict[str, Any], precision: st
     """Train from one step to another, and save; give the parameters and the mean error's norm."""
     # Lightning restores weights before it converts the module to the trainer's precision.
     model = EachStepItsBatch().to(torch.float64 if precision == "64-true" else torch.float32)
-    run = trainer(PowerSGDStrategy(**config), root=root, max_steps=end, max_epochs=-1, precision=precision)
+    run = trainer(
+        PowerSGDStrategy(**{"rank": 2, **config}), root=root, max_steps=end, max_epochs=-1, precision=precision
+    )
     run.fit(model, DataLoader(torch.zeros(1000)), ckpt_path=f"{root}/{start}.ckpt" if start else None)
     run.save_checkpoint(f"{root}/{end}.ckpt")
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -19,7 +19,7 @@ OURS = [pytest.param({}, id="full"), pytest.param({"alternate": True}, id="alter
 
 
 def make_fabric(config: dict[str, Any] | str, **kwargs: Any) -> Fabric:
-    strategy = config if isinstance(config, str) else PowerSGDFabricStrategy(**config)
+    strategy = config if isinstance(config, str) else PowerSGDFabricStrategy(**{"rank": 2, **config})
     fabric = Fabric(strategy=strategy, accelerator="cpu", devices=dist.get_world_size(), **kwargs)
     fabric.launch()
     return fabric
@@ -130,7 +130,7 @@ def _two_models(path: str) -> tuple[bool, set[str]]:
 )
 def test_bad_arguments_are_refused_at_once(kwargs, error, message):
     with pytest.raises(error, match=message):
-        PowerSGDFabricStrategy(**kwargs)
+        PowerSGDFabricStrategy(**{"rank": 2, **kwargs})
 
 
 def test_ranks_with_other_settings_are_an_error_on_every_rank(two_ranks):

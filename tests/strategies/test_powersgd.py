@@ -180,7 +180,7 @@ def test_manual_optimisation(fit, static_graph):
 
 
 def _manual(root: str, static_graph: bool) -> dict[str, Any]:
-    return train(root, PowerSGDStrategy(static_graph=static_graph), model=Manual(), max_epochs=1)
+    return train(root, PowerSGDStrategy(rank=2, static_graph=static_graph), model=Manual(), max_epochs=1)
 
 
 class Gan(Classifier):
@@ -227,7 +227,7 @@ def test_several_optimizers(fit, alternate):
 
 
 def _gan(root: str, alternate: bool) -> dict[str, Any]:
-    strategy = PowerSGDStrategy(find_unused_parameters=True, alternate=alternate)
+    strategy = PowerSGDStrategy(rank=2, find_unused_parameters=True, alternate=alternate)
     return train(root, strategy, model=Gan(), max_epochs=1)
 
 
@@ -272,7 +272,7 @@ def test_gradients_that_are_thrown_away_are_warned_of_once(fit, how, ddp):
 
 
 def _throw_away(root: str, how: str, ddp: dict[str, Any]) -> list[str]:
-    strategy = PowerSGDStrategy(find_unused_parameters=True, **ddp)
+    strategy = PowerSGDStrategy(rank=2, find_unused_parameters=True, **ddp)
     scaler = torch.amp.GradScaler("cpu") if how == "skipped" else None
     plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if scaler else None
     with messages() as said:
@@ -316,7 +316,7 @@ def test_static_graph(fit):
 
 
 def _train_static(root: str, static_graph: bool) -> dict[str, Any]:
-    return train(root, PowerSGDStrategy(static_graph=static_graph), max_epochs=1)
+    return train(root, PowerSGDStrategy(rank=2, static_graph=static_graph), max_epochs=1)
 
 
 def test_sync_batchnorm_is_left_to_ddp(two_ranks, tmp_path):
@@ -400,7 +400,7 @@ def _unfreeze(root: str, ddp: dict[str, Any]) -> tuple[dict[str, Any], dict[int,
             for layer, weight in self.before.items():
                 changed[layer].append(not torch.equal(weight, pl_module.net[layer].weight))
 
-    strategy = PowerSGDStrategy(**ddp)
+    strategy = PowerSGDStrategy(**{"rank": 2, **ddp})
     return train(root, strategy, model=Unfrozen(), callbacks=[Unfreeze(), Watch()], max_epochs=3), changed
 
 
@@ -411,7 +411,7 @@ def test_unfreezing_while_gradients_accumulate_counts_no_extra_step(fit):
 
 
 def _unfreeze_accumulating(root: str) -> dict[str, Any]:
-    strategy = PowerSGDStrategy(find_unused_parameters=True)
+    strategy = PowerSGDStrategy(rank=2, find_unused_parameters=True)
     return train(root, strategy, model=Unfrozen(), callbacks=[Unfreeze()], max_epochs=2, accumulate_grad_batches=5)
 
 
@@ -583,7 +583,7 @@ def _log_metrics(root: str) -> tuple[dict[str, float], list[int], int]:
             counted.append(sum(self.sent))
 
     loggers = [CSVLogger(root, "csv", version=""), TensorBoardLogger(root, "tb", version="")]
-    strategy = PowerSGDStrategy(alternate=True, start_step=3)
+    strategy = PowerSGDStrategy(rank=2, alternate=True, start_step=3)
     run = trainer(strategy, root=root, max_steps=8, log_every_n_steps=1, logger=loggers, callbacks=[Count()])
     run.fit(Classifier(), loader())
     dense = sum(p.numel() * p.element_size() for p in run.lightning_module.parameters())
@@ -638,7 +638,7 @@ def test_metrics_can_be_turned_off(fit):
 
 
 def _log_nothing(root: str) -> dict[str, Any]:
-    return train(root, PowerSGDStrategy(log_metrics=False), max_epochs=1)
+    return train(root, PowerSGDStrategy(rank=2, log_metrics=False), max_epochs=1)
 
 
 @pytest.mark.parametrize("prog_bar", [False, True])
@@ -654,7 +654,7 @@ def _progress_bar(root: str, prog_bar: bool) -> bool:
             super().on_train_batch_end(trainer, pl_module, *args)
             seen.append("powersgd/compression_ratio" in self.get_metrics(trainer, pl_module))
 
-    strategy = PowerSGDStrategy(prog_bar=prog_bar)
+    strategy = PowerSGDStrategy(rank=2, prog_bar=prog_bar)
     train(root, strategy, max_epochs=1, callbacks=[Bar()], enable_progress_bar=True)
     assert len(set(seen)) == 1, "from the first batch on, since the bar is drawn after the step was measured"
     return seen[-1]
@@ -679,7 +679,13 @@ def _resume(root: str, config: dict[str, Any], optimizer: str, save_last: bool =
     for resume in (False, True):
         model = Classifier(optimizer=optimizer, lr=0.01)
         saver = ModelCheckpoint(root, "{epoch}", save_top_k=-1, every_n_epochs=1, save_last=save_last)
-        run = trainer(PowerSGDStrategy(**config), root=root, max_epochs=3, callbacks=[saver], enable_checkpointing=True)
+        run = trainer(
+            PowerSGDStrategy(**{"rank": 2, **config}),
+            root=root,
+            max_epochs=3,
+            callbacks=[saver],
+            enable_checkpointing=True,
+        )
         path = f"{root}/epoch=0.ckpt" if resume else None
         run.fit(model, loader(shuffle=False), loader(32, shuffle=False), ckpt_path=path)
         runs.append((list(model.parameters()), {name: float(v) for name, v in run.callback_metrics.items()}))
@@ -709,7 +715,7 @@ def test_a_checkpoint_holds_plain_types_only_and_one_buffer_a_parameter(fit, tmp
 
 def _save(root: str) -> None:
     for name, keep in (("without", False), ("full", True)):
-        run = trainer(PowerSGDStrategy(checkpoint_error_feedback=keep), root=root, max_epochs=1)
+        run = trainer(PowerSGDStrategy(rank=2, checkpoint_error_feedback=keep), root=root, max_epochs=1)
         run.fit(Classifier(), loader())
         run.save_checkpoint(f"{root}/{name}.ckpt")
         run.save_checkpoint(f"{root}/weights.ckpt", weights_only=True)
@@ -766,7 +772,7 @@ def _resume_changed(root: str, config: dict[str, Any]) -> tuple[bool, list[str]]
     run.save_checkpoint(f"{root}/first.ckpt")
     model = Classifier()
     with messages() as said:
-        trainer(PowerSGDStrategy(**config), root=root, max_epochs=2).fit(
+        trainer(PowerSGDStrategy(**{"rank": 2, **config}), root=root, max_epochs=2).fit(
             model, loader(), ckpt_path=f"{root}/first.ckpt"
         )
     return replicas_agree(model), said
@@ -823,7 +829,7 @@ def _save_while_saving(root: str) -> bool:
             if not str(path).endswith("hpc_ckpt_1.ckpt"):
                 run.save_checkpoint(f"{root}/hpc_ckpt_1.ckpt")
 
-    run = trainer(PowerSGDStrategy(checkpoint_io=Signalled()), root=root, max_steps=3)
+    run = trainer(PowerSGDStrategy(rank=2, checkpoint_io=Signalled()), root=root, max_steps=3)
     run.fit(Classifier(), loader())
     barriers = []
     barrier = DDPStrategy.barrier
@@ -976,7 +982,7 @@ def _drift(root: str, check_replicas_every: int, optimizer: str = "sgd") -> tupl
 
     model = Classifier(optimizer=optimizer, lr=0.01)
     run = Trainer(
-        strategy=PowerSGDStrategy(check_replicas_every=check_replicas_every),
+        strategy=PowerSGDStrategy(rank=2, check_replicas_every=check_replicas_every),
         accelerator="cpu",
         devices=2,
         max_steps=20,
@@ -1006,7 +1012,7 @@ def _resume_other_shape(root: str) -> None:
     state = run.strategy.exchange.state.state_dict()
     other = Classifier()
     other.net[0] = nn.Linear(31, 48)
-    PowerSGDState(other.named_parameters(), PowerSGDConfig()).load_state_dict(state)
+    PowerSGDState(other.named_parameters(), PowerSGDConfig(rank=2)).load_state_dict(state)
 
 
 # Bad input
@@ -1047,11 +1053,11 @@ def _resume_other_shape(root: str) -> None:
 )
 def test_bad_arguments_are_refused_at_once(kwargs, error, message):
     with pytest.raises(error, match=message):
-        PowerSGDStrategy(**kwargs)
+        PowerSGDStrategy(**{"rank": 2, **kwargs})
 
 
 def test_every_argument_of_ddp_is_accepted_and_arrives():
-    strategy = PowerSGDStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=1)
+    strategy = PowerSGDStrategy(rank=2, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=1)
     assert strategy._ddp_kwargs == {
         "broadcast_buffers": False,
         "gradient_as_bucket_view": True,
@@ -1083,7 +1089,7 @@ def test_bad_models_are_refused_on_every_rank_before_training(two_ranks, tmp_pat
 
 
 def _bad_fit(root: str, case: str) -> None:
-    model, strategy = Classifier(), PowerSGDStrategy()
+    model, strategy = Classifier(), PowerSGDStrategy(rank=2)
     if case == "a pattern without a match":
         strategy = PowerSGDStrategy(rank={"decoder.*": 4, "*": 2})
     elif case == "a parameter without values":
@@ -1116,5 +1122,5 @@ def _warnings(root: str) -> list[str]:
     # Warnings alone: `messages` would take an info line for one.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(root, PowerSGDStrategy(min_compression_ratio=1000.0), max_steps=1)
+        train(root, PowerSGDStrategy(rank=2, min_compression_ratio=1000.0), max_steps=1)
     return [str(warning.message) for warning in caught]

@@ -302,7 +302,7 @@ def _mixed_run(root: str, spoiled: set[int], alternate: bool) -> tuple[float, li
     model = Repeats(spoiled)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15, growth_interval=4 if spoiled else 2000)
     run = trainer(
-        PowerSGDStrategy(alternate=alternate, log_metrics=False),
+        PowerSGDStrategy(rank=2, alternate=alternate, log_metrics=False),
         root=root,
         plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
         max_epochs=1,
@@ -328,7 +328,7 @@ def test_any_precision_learns(fit, precision, alternate):
 
 def _learn(root: str, precision: str, alternate: bool) -> tuple[float, bool, torch.dtype]:
     model = Classifier()
-    run = trainer(PowerSGDStrategy(alternate=alternate), root=root, precision=precision, max_epochs=8)
+    run = trainer(PowerSGDStrategy(rank=2, alternate=alternate), root=root, precision=precision, max_epochs=8)
     run.fit(model, loader())
     return float(run.callback_metrics["train_loss"]), replicas_agree(model), next(model.parameters()).dtype
 
