@@ -7,7 +7,7 @@ The entry of a compressed parameter:
 | ``shape``, ``rank`` | of the parameter, and of its factors | |
 | ``split`` | how many dimensions make the rows of its matrix; 1 if it is missing | |
 | ``factors`` | by side, with columns in the order of the parameter's indices (not of its memory) | (r, n), (r, m) |
-| ``magnitudes`` | by side, if factors travel in float16 | (r, 1) |
+| ``magnitudes`` | by side, if factors travel in float16 or as integers | (r, 1) |
 | ``drawn`` | sides of factors that hold a row as it was drawn, of alternating steps; none if it is missing | |
 | ``error`` | the error buffer, if it is kept | the parameter's |
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_powersgd.compressor.codec import FIRST_MAGNITUDE, saturated
+from lightning_powersgd.compressor.codec import saturated
 from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig
 from lightning_powersgd.compressor.plan import SIDES, Side, Slot
 from lightning_powersgd.compressor.view import permute_columns
@@ -99,7 +99,7 @@ def load_entry(
         if found is not None and found.shape == magnitude.shape:
             magnitude.copy_(found)
         else:
-            magnitude.fill_(FIRST_MAGNITUDE)
+            magnitude.fill_(slot.format(side).first_magnitude)
     if error is None and "error" in saved:
         dropped.append(f"{slot.name}: an error buffer was saved, but `error_feedback` is off")
     if error is not None:

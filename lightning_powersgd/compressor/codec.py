@@ -1,16 +1,80 @@
-"""How factors travel in a dtype whose range is narrow.
+"""How factors travel in few bits: rows are brought into the range of the wire, by a scale that every rank knows.
 
-Only float16 is. Each row of a factor is brought into its range by a power of two, from the magnitude that the row had
-in the step before, which every rank knows.
+Each row of a factor is multiplied by a *gain*, which follows from its *magnitude* in the step before: the averaged
+factor is the same on all ranks, so no message has to tell the gain. What is cut off or rounded for the wire stays in
+the error buffer, and leaves with the next steps.
+
+| wire | magnitude of a row | gain | then |
+|---|---|---|---|
+| float16 | its largest entry | a power of two that brings this to about 2^5 | cut to what ranks can sum |
+| int8, int4 | its root mean square | levels to it, see `integer_gain` | rounded to whole levels |
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-# What the factors of the first step are taken for, when they travel in float16: at 2^4 they go as they are.
-FIRST_MAGNITUDE = 2.0**4
+# What the factors of the first step are taken for, when they travel in float16: at 2^4 they go as they are. As integers
+# they do not travel before the magnitude is known.
+_FIRST_MAGNITUDE = 2.0**4
+
+# Of the averaged factor's root mean square, so many must have room in the range of an integer. The entries of a
+# Gaussian row stay below; those of a row with few large ones are cut off, and come later.
+_ROOM = {8: 5.0, 4: 3.0}
+
+# A sum of all ranks' integers must fit into the field of one. Where that leaves each rank fewer levels than this on
+# either side of zero, factors are added in float32 instead, on one rank for each part of them.
+_FEWEST_LEVELS = 31
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the factors of a side travel.
+
+    Attributes:
+        dtype: in which they are packed.
+        bits: of each entry on the wire.
+    """
+
+    dtype: torch.dtype
+    bits: int
+
+    @property
+    def integer(self) -> bool:
+        """Whether entries travel as integers."""
+        return self.bits in _ROOM
+
+    @property
+    def scaled(self) -> bool:
+        """Whether rows travel with a gain."""
+        return self.integer or self.dtype == torch.float16
+
+    @property
+    def first_magnitude(self) -> float:
+        """What the magnitude of a row is taken for before it is known; 0 if it has to be known."""
+        return 0.0 if self.integer else _FIRST_MAGNITUDE
+
+    def magnitude(self, factor: Tensor) -> Tensor:
+        """Give the magnitudes of a factor's rows, (r, 1); 0 of a row of zeros."""
+        if self.integer:
+            norm: Tensor = torch.linalg.vector_norm(factor, dim=1, keepdim=True)
+            return norm / math.sqrt(factor.shape[1])
+        return factor.abs().amax(dim=1, keepdim=True)
+
+    def gain(self, magnitude: Tensor, world_size: int) -> Tensor:
+        """Give what rows of about a magnitude are multiplied by for the wire, (r, 1) float32."""
+        return integer_gain(magnitude, self.bits, world_size) if self.integer else half_gain(magnitude)
+
+
+def format_of(dtype: torch.dtype | str) -> Format:
+    """Give the format of a dtype of PyTorch's, or of "int8" or "int4"."""
+    if isinstance(dtype, torch.dtype):
+        return Format(dtype, 8 * dtype.itemsize)
+    return Format(torch.float32, int(dtype.removeprefix("int")))
 
 
 def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -39,8 +103,71 @@ def half_gain(magnitude: Tensor) -> Tensor:
 
 
 def cut(factor: Tensor) -> Tensor:
-    """Cut entries that float16, summed over ranks, would make infinite; what was infinite before becomes NaN.
-
-    Like all rounding for the wire, what is cut stays in the error buffer, and leaves with the next steps.
-    """
+    """Cut entries that float16, summed over ranks, would make infinite; what was infinite before becomes NaN."""
     return factor.clamp(-_HALF_LARGEST, _HALF_LARGEST) + factor * 0
+
+
+def sums_fit(bits: int, world_size: int) -> bool:
+    """Whether the sum of all ranks' integers fits into the field of one, and leaves each enough levels."""
+    return _largest(bits) // world_size >= _FEWEST_LEVELS
+
+
+def most_levels(bits: int, world_size: int) -> int:
+    """Give the largest integer that a rank may send."""
+    return _largest(bits) // world_size if sums_fit(bits, world_size) else _largest(bits)
+
+
+def integer_gain(magnitude: Tensor, bits: int, world_size: int) -> Tensor:
+    """Give what turns rows of a factor into levels: integers, when they are rounded.
+
+    A rank's own factor is larger than the average by up to √W, where gradients are noise for the most part.
+
+    Args:
+        magnitude: (r, 1), the root mean square of each row of the averaged factor.
+        bits: of an integer.
+        world_size: W.
+
+    Returns:
+        (r, 1), float32.
+    """
+    room = _ROOM[bits] * math.sqrt(world_size)
+    # A row that has never had a gradient has no magnitude.
+    return (most_levels(bits, world_size) / room) / magnitude.float().clamp_min(1e-30)
+
+
+def refinement(world_size: int) -> float:
+    """Give how many times finer than a rank's own levels are those of the average, which needs less room."""
+    return math.sqrt(world_size)
+
+
+def to_levels(part: Tensor, bits: int, world_size: int) -> None:
+    """Round to integers that may travel, in place. What is not finite becomes one, too."""
+    largest = most_levels(bits, world_size)
+    part.nan_to_num_(nan=0.0).round_().clamp_(-largest, largest)
+
+
+def pack(levels: Tensor, bits: int) -> Tensor:
+    """Give integers as bytes.
+
+    Args:
+        levels: (…, k), whole numbers in a floating dtype; of an even k where two share a byte.
+        bits: of each.
+
+    Returns:
+        (…, k · bits / 8), uint8.
+    """
+    codes = levels.to(torch.int8).view(torch.uint8)
+    return codes if bits == 8 else codes[..., ::2] & 15 | codes[..., 1::2] << 4
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Give what `pack` was given, in float32."""
+    if bits == 8:
+        return packed.view(torch.int8).float()
+    # A field's sign is its highest bit.
+    fields = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+    return ((fields ^ 8).view(torch.int8) - 8).float()
+
+
+def _largest(bits: int) -> int:
+    return (1 << bits - 1) - 1

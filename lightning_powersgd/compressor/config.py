@@ -11,6 +11,8 @@ import torch
 
 AUTO: Literal["auto"] = "auto"
 Rank: TypeAlias = int | Literal["auto"]
+CommDtype: TypeAlias = torch.dtype | str | Mapping[str, str] | None
+_INTEGERS = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class PowerSGDConfig:
             compressed gradients; without it, low ranks reach a worse loss.
         warm_start: start from the factor of the last step instead of a random one.
         error_dtype: dtype of the error buffers, such as "bfloat16" to halve their memory. None is the gradient's.
-        comm_dtype: dtype of the factors on the wire, such as "bfloat16" to halve their bytes. None is the gradient's,
-            which parameters that are sent whole always keep.
+        comm_dtype: dtype of the factors on the wire: "bfloat16" halves their bytes, "int8" and "int4" make them a
+            quarter and an eighth. What is rounded off stays in the error buffer. ``{"P": "int4", "Q": "int8"}`` gives
+            each factor its own. None is the gradient's, which parameters that are sent whole always keep.
         seed: of the first random factors, which depend on it and on the parameters' names alone.
 
     Raises:
@@ -57,7 +60,7 @@ class PowerSGDConfig:
     error_feedback: bool = True
     warm_start: bool = True
     error_dtype: torch.dtype | None = None
-    comm_dtype: torch.dtype | None = None
+    comm_dtype: CommDtype = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,8 +92,8 @@ class PowerSGDConfig:
         for name in ("alternate", "error_feedback", "warm_start"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}={getattr(self, name)!r}` is not a bool. Use True or False.")
-        for name in ("error_dtype", "comm_dtype"):
-            object.__setattr__(self, name, floating_dtype(name, getattr(self, name)))
+        object.__setattr__(self, "error_dtype", floating_dtype("error_dtype", self.error_dtype))
+        object.__setattr__(self, "comm_dtype", _comm_dtype(self.comm_dtype))
 
     @property
     def automatic(self) -> bool:
@@ -131,7 +134,19 @@ def _require_rank(name: str, value: object, *, minimum: int, remedy: str) -> Non
     require_int(name, value, minimum=minimum, remedy=remedy)
 
 
-def floating_dtype(name: str, value: object) -> torch.dtype | None:
+def _comm_dtype(value: object) -> CommDtype:
+    if isinstance(value, Mapping):
+        if set(value) != {"P", "Q"} or not all(dtype in _INTEGERS for dtype in value.values()):
+            raise ValueError(
+                f"`comm_dtype={value!r}` is not a pair of integer dtypes. Use one such as"
+                " `comm_dtype={'P': 'int4', 'Q': 'int8'}`."
+            )
+        return {factor: str(value[factor]) for factor in ("P", "Q")}
+    name = str(value).removeprefix("torch.")
+    return name if name in _INTEGERS else floating_dtype("comm_dtype", value, also=" Or 'int8' or 'int4'.")
+
+
+def floating_dtype(name: str, value: object, also: str = "") -> torch.dtype | None:
     """Check a dtype, or find it by its name, with or without ``torch.``.
 
     Raises:
@@ -144,7 +159,7 @@ def floating_dtype(name: str, value: object) -> torch.dtype | None:
         raise ValueError(
             f"`{name}={value!r}` is not a floating-point dtype that gradients can have."
             " Use torch.float16, torch.bfloat16, torch.float32 or torch.float64 (or its name), or None for the"
-            " gradient's."
+            f" gradient's.{also}"
         )
     return dtype
 

@@ -32,7 +32,7 @@ def project(
         out: (r, l), of any floating dtype.
         error: (k, l), of the matrix's dtype or a narrower one.
         scale: of the loss, in units of the one that the error was computed at. A scalar tensor stays on its device.
-        gain: (r, 1), for a float16 `out`: what its rows are multiplied by (see `half_gain`).
+        gain: (r, 1): what the rows of `out` are multiplied by for the wire (see `codec`).
     """
     library = native.library_for(matrix)
     if error is not None and not (library and error.dtype == matrix.dtype and isinstance(scale, float)):
@@ -52,6 +52,8 @@ def project(
         torch.mm(basis, matrix, out=product)
     if product is not out:
         out.copy_(product if gain is None else cut(product * gain))
+    elif gain is not None:
+        out.mul_(gain)
 
 
 def decompress(

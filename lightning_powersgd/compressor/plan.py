@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig, Rank
+from lightning_powersgd.compressor.codec import Format, format_of
+from lightning_powersgd.compressor.config import AUTO, CommDtype, PowerSGDConfig, Rank
 from lightning_powersgd.compressor.parameters import parameter_name
 from lightning_powersgd.compressor.turnaround import DEFAULT_TURNAROUND, rank_for, smallest_turnaround
 from lightning_powersgd.compressor.view import matrix_order
@@ -31,6 +32,9 @@ DEFAULT_GROUP_BYTES = 25 * 2**20
 ALONE_BYTES = 2**20
 Side = Literal["left", "right"]
 SIDES: tuple[Side, Side] = ("left", "right")
+
+# What must be alike for parameters to travel together: their dtypes, and the formats of their factors.
+_Kind: TypeAlias = tuple[torch.dtype, tuple[Format, Format]]
 
 
 def other_side(side: Side) -> Side:
@@ -48,7 +52,7 @@ class Slot:
         dtype: of its gradient.
         rank: columns kept of each factor; 0 means that the gradient is sent whole.
         order: the dimension order of its matrix view (see `matrix_order`); empty where it has none.
-        wire_dtype: of what is sent: the factors, or the whole gradient.
+        formats: in which the factors of both sides travel, the left first.
         split: how many dimensions make the rows of the matrix view; the others make its columns.
     """
 
@@ -57,7 +61,7 @@ class Slot:
     dtype: torch.dtype
     rank: int
     order: tuple[int, ...]
-    wire_dtype: torch.dtype
+    formats: tuple[Format, Format]
     split: int = 1
 
     @property
@@ -79,6 +83,10 @@ class Slot:
         """Columns of the factor of a side, stored rank first: n for the left one, m for the right one."""
         return self.rows if side == "left" else self.columns
 
+    def format(self, side: Side) -> Format:
+        """In which the factor of a side travels."""
+        return self.formats[SIDES.index(side)]
+
     @property
     def dense_bytes(self) -> int:
         """Bytes of the gradient."""
@@ -91,7 +99,7 @@ class Slot:
 
     def factor_bytes(self, side: Side) -> int:
         """Bytes of the factor of a side on the wire; none of what is sent whole."""
-        return self.rank * self.length(side) * self.wire_dtype.itemsize if self.rank else 0
+        return math.ceil(self.rank * self.length(side) * self.format(side).bits / 8) if self.rank else 0
 
     def sent_bytes(self, *, alternate: bool) -> float:
         """Bytes handed to collectives in a compressed step; the mean of the two kinds of step when alternating."""
@@ -108,17 +116,22 @@ class Group:
     Attributes:
         whole: slots that are sent whole.
         compressed: slots of which factors are sent.
-        dtype: of the payload on the wire.
+        formats: in which the factors of both sides travel, the left first; what is sent whole has its own dtype.
     """
 
     whole: tuple[Slot, ...]
     compressed: tuple[Slot, ...]
-    dtype: torch.dtype
+    formats: tuple[Format, Format]
 
     @property
     def slots(self) -> tuple[Slot, ...]:
         """All of the group's slots."""
         return self.whole + self.compressed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the payload is packed."""
+        return self.formats[0].dtype
 
 
 @dataclass(frozen=True)
@@ -154,16 +167,16 @@ class Plan:
         `sent_bytes`.
         """
         payloads: list[float] = []
-        waiting, dtype = 0, None
+        waiting, formats = 0, None
         for group in self.groups:
-            if group.dtype != dtype:
+            if group.formats != formats:
                 payloads.append(waiting)
                 waiting = 0
             right = 0 if alternate else sum(slot.factor_bytes("right") for slot in group.compressed)
             first = sum(slot.sent_bytes(alternate=alternate) for slot in group.slots if not slot.travels_alone) - right
             payloads.append(first + waiting)
             payloads += [slot.dense_bytes for slot in group.whole if slot.travels_alone]
-            waiting, dtype = right, group.dtype
+            waiting, formats = right, group.formats
         payloads.append(waiting)
         return [payload for payload in payloads if payload]
 
@@ -212,19 +225,19 @@ def make_plan(
     named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
     _require_matching_patterns(config.rank, [name for name, _ in named])
 
-    open_groups: dict[tuple[torch.dtype, torch.dtype], list[Slot]] = {}
+    open_groups: dict[_Kind, list[Slot]] = {}
     closed: list[Group] = []
 
-    def close(key: tuple[torch.dtype, torch.dtype]) -> None:
+    def close(key: _Kind) -> None:
         slots = open_groups.pop(key)
         whole = tuple(slot for slot in slots if not slot.rank)
-        closed.append(Group(whole, tuple(slot for slot in slots if slot.rank), dtype=key[1]))
+        closed.append(Group(whole, tuple(slot for slot in slots if slot.rank), formats=key[1]))
 
     trainable = {name: parameter for name, parameter in reversed(named) if parameter.requires_grad}
     turnaround = _turnaround(trainable, config)
     for name in trainable if arrival is None else _complete(arrival, trainable):
         slot = _make_slot(name, trainable[name], config, turnaround)
-        key = (slot.dtype, slot.wire_dtype)
+        key = (slot.dtype, slot.formats)
         members = open_groups.setdefault(key, [])
         members.append(slot)
         if sum(member.dense_bytes for member in members) >= group_bytes:
@@ -267,8 +280,8 @@ def _turnaround(trainable: Mapping[str, Tensor], config: PowerSGDConfig) -> floa
 def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig, turnaround: float) -> Slot:
     shape, dtype, given = tuple(parameter.shape), parameter.dtype, _rank_of(name, config.rank)
     views = _matrix_views(parameter) if dtype.is_floating_point else []
-    wire_dtype, alternate = config.comm_dtype or dtype, config.alternate
-    slots = [Slot(name, shape, dtype, 1, order, wire_dtype, split) for order, split in views]
+    formats, alternate = _formats(dtype, config.comm_dtype), config.alternate
+    slots = [Slot(name, shape, dtype, 1, order, formats, split) for order, split in views]
     if given == AUTO:
         ranks = [rank_for(turnaround, slot.rows, slot.columns, alternate=alternate) for slot in slots]
     else:
@@ -281,7 +294,15 @@ def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig, turnaround:
         if 0 < slot.rank < min(slot.rows, slot.columns) and worth_it:
             return slot
     order, split = (slots[0].order, slots[0].split) if slots else ((), 1)
-    return Slot(name, shape, dtype, 0, order, wire_dtype=dtype, split=split)
+    return Slot(name, shape, dtype, 0, order, _formats(dtype, None), split)
+
+
+def _formats(dtype: torch.dtype, comm_dtype: CommDtype) -> tuple[Format, Format]:
+    """Give the formats of P and Q, of a gradient's dtype."""
+    if isinstance(comm_dtype, Mapping):
+        return format_of(comm_dtype["P"]), format_of(comm_dtype["Q"])
+    one = format_of(dtype if comm_dtype is None else comm_dtype)
+    return one, one
 
 
 def _matrix_views(parameter: Tensor) -> list[tuple[tuple[int, ...], int]]:

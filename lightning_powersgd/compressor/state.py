@@ -4,7 +4,7 @@
 |---|---|---|---|
 | error buffer | the parameter's | ``error_dtype`` | local to the rank; only the mean over ranks affects training |
 | left factor P, right factor Q | (r, n), (r, m) | the payload's | the same on all ranks |
-| magnitudes of the rows of both, for a float16 payload | (r, 1) | float32 | the same on all ranks |
+| magnitudes of the rows of both, for a float16 or integer payload | (r, 1) | float32 | the same on all ranks |
 | loss scale that errors and magnitudes refer to | scalar | float32 | the same on all ranks |
 | step, byte counts | numbers | | the same on all ranks |
 """
@@ -28,7 +28,7 @@ from lightning_powersgd.compressor.checkpoint import (
     rescaled_entry,
     with_tensors,
 )
-from lightning_powersgd.compressor.codec import FIRST_MAGNITUDE, saturated
+from lightning_powersgd.compressor.codec import Format, saturated
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.parameters import common_device, parameter_name
 from lightning_powersgd.compressor.passes import assign
@@ -51,8 +51,8 @@ class PowerSGDState:
         parameters: the trainable parameters by name.
         errors: error buffers by name; empty without error feedback.
         factors: by name, the factors held for the next step, by side.
-        magnitudes: by name and side, the largest magnitude in each row of the last averaged factor, (r, 1); only of
-            factors that travel in float16.
+        magnitudes: by name and side, of the rows of the last averaged factor, (r, 1) (see `codec`); only of factors
+            that travel with a gain.
         drawn: by name, the sides of factors that hold a row as it was drawn, not yet computed from gradients; only of
             alternating steps, since a full step holds nothing but what it makes of such a row.
         loss_scale: that the gradients were multiplied by from which errors and magnitudes came, a scalar.
@@ -94,6 +94,9 @@ class PowerSGDState:
         # What a device will have answered when the next step begins: whether the last one was kept, and which of its
         # factors hold nothing drawn any more.
         self._verdict: Verdict | None = None
+        # Sides with rows whose magnitudes are not known, and whether they will be, in the order of the sides.
+        self._unknown: set[Side] = set()
+        self._learning: Verdict | None = None
         self._asked: list[tuple[str, Side, Tensor]] = []
         self.dense_bytes = 0
         self.sent_bytes = 0
@@ -128,7 +131,27 @@ class PowerSGDState:
             buffers.clear()
         self._make_buffers()
 
+    def _format(self, name: str, side: Side) -> Format:
+        return self._formats[name][SIDES.index(side)]
+
+    def _know_magnitudes(self) -> None:
+        """Look which sides have rows whose magnitudes are not known, so that factors cannot travel as integers."""
+        self._learning = None
+        self._unknown = {side for side in SIDES if not all((both[side] > 0).all() for both in self.magnitudes.values())}
+
+    def _learn_magnitudes(self) -> None:
+        """Take the largest magnitude of all for that of rows which had nothing in the first step."""
+        answers = []
+        for side in SIDES:
+            magnitudes = [both[side] for both in self.magnitudes.values()]
+            largest = torch.stack([magnitude.max() for magnitude in magnitudes]).max()
+            for magnitude in magnitudes:
+                magnitude.copy_(torch.where(magnitude > 0, magnitude, largest))
+            answers.append(largest > 0)
+        self._learning = Verdict(torch.stack(answers))
+
     def _make_buffers(self) -> None:
+        self._formats = {slot.name: slot.formats for slot in self.plan.compressed}
         for group in self.plan.groups:
             for slot in group.compressed:
                 if self.config.error_feedback:
@@ -139,10 +162,12 @@ class PowerSGDState:
                     for side in (SIDES if self.config.alternate else SIDES[1:])
                 }
                 self.drawn[slot.name] = set(SIDES if self.config.alternate else ())
-                if group.dtype == torch.float16:
+                if slot.formats[0].scaled:
                     self.magnitudes[slot.name] = {
-                        side: torch.full((slot.rank, 1), FIRST_MAGNITUDE, device=self.device) for side in SIDES
+                        side: torch.full((slot.rank, 1), slot.format(side).first_magnitude, device=self.device)
+                        for side in SIDES
                     }
+        self._know_magnitudes()
 
     def first_factor(self, slot: Slot, side: Side) -> Tensor:
         """Draw a random factor on the CPU from the seed and the parameter's name (and, without warm start, the step).
@@ -176,8 +201,17 @@ class PowerSGDState:
                 self._asked.append((name, side, factor.any(dim=1).all() & keep))
         if name in self.magnitudes:
             magnitude = self.magnitudes[name][side]
-            largest = factor.abs().amax(dim=1, keepdim=True)
-            assign(magnitude, torch.where(largest > 0, largest, magnitude), keep)
+            found = self._format(name, side).magnitude(factor)
+            assign(magnitude, torch.where(found > 0, found, magnitude), keep)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the factors of the next compressed step can travel as integers, if they are to."""
+        if self._learning is not None:
+            answers, self._learning = self._learning.tolist(), None
+            self._unknown = {side for side, known in zip(SIDES, answers, strict=True) if not known}
+        sides = {other_side(self.held)} if self.config.alternate else set(SIDES)
+        return not sides & self._unknown
 
     def rescale(self, name: str, ratio: Tensor) -> None:
         """Let what a parameter has kept refer to another loss scale.
@@ -188,8 +222,13 @@ class PowerSGDState:
         """
         if name in self.errors:
             saturated(self.errors[name].mul_(ratio), self.errors[name].dtype)
-        for magnitude in self.magnitudes.get(name, {}).values():
-            magnitude.mul_(ratio)
+        for side in SIDES:
+            self.rescale_magnitude(name, side, ratio)
+
+    def rescale_magnitude(self, name: str, side: Side, ratio: Tensor) -> None:
+        """Let the magnitudes of one factor's rows refer to another loss scale (see `rescale`)."""
+        if name in self.magnitudes:
+            self.magnitudes[name][side].mul_(ratio)
 
     def unscale(self) -> None:
         """Let what was loaded refer to a loss that is not scaled, before the first step with it."""
@@ -242,6 +281,8 @@ class PowerSGDState:
         """
         if kept is not False:  # or not yet known
             self.averaged = False
+        if self._unknown:
+            self._learn_magnitudes()
         if self.config.alternate:
             answers = [torch.as_tensor(kept, device=self.device), *(whole for _, _, whole in self._asked)]
             self._verdict = Verdict(torch.stack(answers))
@@ -322,6 +363,7 @@ class PowerSGDState:
             name, entry = slot.name, saved.get(slot.name)
             magnitudes, error = self.magnitudes.get(name, {}), self.errors.get(name)
             dropped += load_entry(slot, entry, self.factors[name], magnitudes, error, self.drawn[name], self.held)
+        self._know_magnitudes()
         return dropped
 
     def residual_norms(self, projections: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

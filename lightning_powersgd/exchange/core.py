@@ -144,7 +144,8 @@ class GradientExchange:
     def begin_step(self) -> None:
         """Begin a step. One that was broken off by an exception is forgotten."""
         self.exchanging = True
-        self._dense_bytes = self._wires.sent_bytes = 0
+        self._dense_bytes = 0
+        self._wires.begin_step(self.state.encodes)
         self._forget_gradients()
         self._loss_scale.begin_step()
 

@@ -13,6 +13,7 @@ from lightning_powersgd.compressor.basis import orthonormal
 from lightning_powersgd.compressor.plan import SIDES, Group, Side, Slot, other_side
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.verdict import any_of, finite_each
+from lightning_powersgd.exchange.integers import IntegerWire
 from lightning_powersgd.exchange.loss_scale import LossScale
 from lightning_powersgd.exchange.matrix import Matrix
 from lightning_powersgd.exchange.use import ReachedParameters
@@ -104,8 +105,8 @@ class CompressedGroup(_Group):
         super().__init__(group, wires)
         self._state, self._loss_scale, self._reached = state, loss_scale, reached
         self._alternate = state.config.alternate
-        self._compressed, self.dtype = group.compressed, group.dtype
-        self._matrices = {slot.name: Matrix(slot, state) for slot in group.compressed}
+        self._compressed, self.formats = group.compressed, group.formats
+        self._matrices = {slot.name: Matrix(slot, state, wires.world_size) for slot in group.compressed}
 
         # What is sent whole and is large is only borrowed from where its gradient lies.
         packed = [slot for slot in group.whole if not slot.travels_alone]
@@ -118,25 +119,25 @@ class CompressedGroup(_Group):
         self._start = sum(whole) + flags
         first_sides, last_sides = (SIDES, SIDES) if self._alternate else (SIDES[:1], SIDES[1:])
         factors = max(self._lengths[side] for side in first_sides)
-        room = passenger.last_length if passenger is not None and passenger.dtype == group.dtype else 0
+        room = passenger.last_length if passenger is not None and passenger.formats == group.formats else 0
         if self._alternate:
             room = sum(max(slot.rows, slot.columns) for slot in group.compressed)
-        self._wire = wires.new(self._start + factors + room, group.dtype)
+        self._wire = self._make_wire(self._start + factors + room)
         parts = torch.split(self._wire.flat[: sum(whole)], whole)
         self._first_whole = {slot.name: part.view(slot.shape) for slot, part in zip(packed, parts, strict=True)}
         self._flags = dict(zip(self._matrices, self._wire.flat[sum(whole) : self._start], strict=False))
         self._last_flat = self._wire.flat[self._start :]
         self._payload = {side: self._factors(self._last_flat, side) for side in first_sides}
-        self._alone = {slot.name: wires.new(0, group.dtype) for slot in group.whole if slot.travels_alone}
+        self._alone = {slot.name: wires.add(Wire(wires, 0, slot.dtype)) for slot in group.whole if slot.travels_alone}
         if passenger is not None:
-            passenger.lay_out_last(self._wire.flat[self._start + factors :] if room else None)
+            passenger.lay_out_last((self._wire, self._start + factors) if room else None)
 
         # This rank's own part of the last factors as it was sent, so that the error holds its rounding too.
         own_length = max(self._lengths[side] for side in last_sides)
         own_dtype = torch.promote_types(group.dtype, torch.float32)
         self._own_flat = torch.zeros(own_length, dtype=own_dtype, device=self._state.device)
         self._own = {side: self._factors(self._own_flat, side) for side in last_sides}
-        self._last_wire: Wire | None = None
+        self._last_wire, self._sends_last = self._wire, False
         self._whole: dict[str, Tensor] = {}
         self._supports: dict[str, Tensor] = {}
         self._sent: Side = "right"
@@ -146,14 +147,14 @@ class CompressedGroup(_Group):
         """Elements of Q, which follow in the next collective; none when alternating."""
         return 0 if self._alternate else self._lengths["right"]
 
-    def lay_out_last(self, flat: Tensor | None = None) -> None:
-        """Lay out Q in a part of the next group's collective, or else in one of its own."""
+    def lay_out_last(self, place: tuple[Wire, int] | None = None) -> None:
+        """Lay out Q in the next group's collective, from a position on, or else in one of its own."""
         if self._alternate:
             return
-        if flat is None:
-            self._last_wire = self._wires.new(self.last_length, self.dtype)
-            flat = self._last_wire.flat
-        self._payload["right"], self._last_flat = self._factors(flat, "right"), flat
+        self._sends_last = place is None
+        self._last_wire, begin = place or (self._make_wire(self.last_length), 0)
+        self._last_flat = self._last_wire.flat[begin:]
+        self._payload["right"] = self._factors(self._last_flat, "right")
 
     @property
     def own_factors(self) -> list[Tensor]:
@@ -179,7 +180,7 @@ class CompressedGroup(_Group):
         matrix = self._matrices[slot.name]
         factor, side = self._state.start_factor(slot), other_side(self._state.held)
         matrix.basis = orthonormal(factor, matrix.dtype) if self._alternate else factor.to(matrix.dtype)
-        matrix.take(gradient, self._loss_scale.ratio)
+        matrix.take(gradient, self._loss_scale.ratio, self._wires.encodes)
         matrix.project(side, self._payload[side][slot.name])
         if self._state.held in self._state.drawn[slot.name]:
             # Where nothing is on any rank, nothing may come to be: what was drawn at random must not reach there.
@@ -189,11 +190,12 @@ class CompressedGroup(_Group):
         """Send the first collective: what is sent whole, and P (alternating: the projection). The large ones follow."""
         if self._alternate:
             self._sent = other_side(self._state.held)
-            self._divide_and_keep_own()
-            self._wire.flat[: self._start] /= self._wires.world_size
+            self._wire.share(self._wire.flat[: self._start])
+            self._share_last()
             self._wire.send(self._wire.flat[: self._place_supports(self._start + self._lengths[self._sent])])
         else:
-            self._wire.flat[: self._start + self._lengths["left"]] /= self._wires.world_size
+            self._wire.share(self._wire.flat[: self._start])
+            self._share("left", self._wire, self._wire.flat[self._start :])
             self._wire.send(self._wire.flat)
         for name, wire in self._alone.items():
             wire.send(self._whole[name].view(-1).div_(self._wires.world_size))
@@ -215,8 +217,8 @@ class CompressedGroup(_Group):
             if not self._alternate:
                 matrix.project("right", self._payload["right"][name])
         if not self._alternate:
-            self._divide_and_keep_own()
-            if self._last_wire is not None:
+            self._share_last()
+            if self._sends_last:
                 self._last_wire.send(self._last_wire.flat)
 
     def finish(self, finite: bool | Tensor, *, together: bool) -> bool | Tensor:
@@ -251,9 +253,17 @@ class CompressedGroup(_Group):
         matrix.decompress(self._sent, own, average, keep)
         for side, factor in factors.items():
             self._state.keep_factor(name, side, factor, keep)
-        # What the step has written anew is at its scale already.
-        if self._reached is not None and self._loss_scale.changes and keep is not True:
-            ratio = torch.as_tensor(self._loss_scale.ratio, device=self._wire.flat.device)
+        self._follow_loss_scale(name, finite, keep)
+
+    def _follow_loss_scale(self, name: str, finite: bool | Tensor, keep: bool | Tensor) -> None:
+        """Let what a step that counts has not written anew refer to its loss scale, too."""
+        if not self._loss_scale.changes or not self._loss_scale.may_differ:
+            return
+        device = self._wire.flat.device
+        ratio, kept = (torch.as_tensor(value, device=device) for value in (self._loss_scale.ratio, keep))
+        if self._alternate:
+            self._state.rescale_magnitude(name, other_side(self._sent), torch.where(kept, ratio, 1.0))
+        if self._reached is not None and keep is not True:
             self._state.rescale(name, torch.where(finite & (self._flags[name] == 0), ratio, 1.0))
 
     def forget(self) -> None:
@@ -283,13 +293,22 @@ class CompressedGroup(_Group):
                 support, begin = self._supports[name], position
                 position += len(support)
                 self._supports[name] = self._wire.flat[begin:position].copy_(support)
+                self._wire.share(self._supports[name])
         return position
 
-    def _divide_and_keep_own(self) -> None:
-        """Divide the last factors by the number of ranks for the sum, and keep them as they are after that rounding."""
-        length, world_size = self._lengths[self._sent], self._wires.world_size
-        own = self._own_flat[:length].copy_(self._last_flat[:length].div_(world_size))
-        own *= world_size
+    def _make_wire(self, length: int) -> Wire:
+        bits = [form.bits for form in self.formats]
+        integer = self.formats[0].integer
+        wires, dtype = self._wires, self.formats[0].dtype
+        return wires.add(IntegerWire(wires, length, bits) if integer else Wire(wires, length, dtype))
+
+    def _share_last(self) -> None:
+        """Make the last factors ready to be sent, and keep them as they are after that rounding."""
+        self._share(self._sent, self._last_wire, self._last_flat, self._own_flat[: self._lengths[self._sent]])
+
+    def _share(self, side: Side, wire: Wire, flat: Tensor, own: Tensor | None = None) -> None:
+        bits = self.formats[SIDES.index(side)].bits
+        wire.share_factors(flat[: self._lengths[side]], list(self._payload[side].values()), bits, own)
 
     def _factors(self, flat: Tensor, side: Side) -> dict[str, Tensor]:
         """View the beginning of a flat tensor as factors by name, (r, n) or (r, m)."""

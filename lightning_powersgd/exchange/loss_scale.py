@@ -42,6 +42,11 @@ class LossScale:
         """Whether the scale may be another one in each step."""
         return self._scaler is not None
 
+    @property
+    def may_differ(self) -> bool:
+        """Whether this step's scale is another one than that of the error buffers, as far as the host knows."""
+        return isinstance(self.ratio, Tensor) or self.ratio != 1.0
+
     def follow(self, scaler: Scaler | None) -> None:
         """Follow a scaler from now on. The steps so far count as taken with its present scale."""
         if self._stepped and not self.changes and scaler is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_powersgd.compressor.codec import half_gain, saturated
+from lightning_powersgd.compressor.codec import saturated
 from lightning_powersgd.compressor.passes import add_scaled, decompress, project
 from lightning_powersgd.compressor.plan import Side, Slot
 from lightning_powersgd.compressor.state import PowerSGDState
@@ -23,8 +23,9 @@ class Matrix:
         basis: orthonormal rows, or the held factor itself in the first half of a full step; of M's dtype.
     """
 
-    def __init__(self, slot: Slot, state: PowerSGDState) -> None:
+    def __init__(self, slot: Slot, state: PowerSGDState, world_size: int) -> None:
         self._slot = slot
+        self._world_size = world_size
         self._state = state
         self.dtype = state.matrix_dtype(slot)
         self._in_place = self.dtype == slot.dtype
@@ -38,16 +39,20 @@ class Matrix:
         self._error: Tensor | None = None
         self._summed = False
 
-    def take(self, gradient: Tensor, scale: float | Tensor) -> None:
+    def take(self, gradient: Tensor, scale: float | Tensor, encodes: bool) -> None:
         """Take in the gradient.
 
         Args:
             gradient: of the parameter's shape and memory layout.
             scale: of its loss, in units of the error's.
+            encodes: whether the factors' magnitudes are known.
         """
         self._scale = scale
-        magnitudes = self._state.magnitudes.get(self._slot.name, {})
-        self._gains = {side: half_gain(magnitude * scale) for side, magnitude in magnitudes.items()}
+        magnitudes = self._state.magnitudes.get(self._slot.name, {}) if encodes else {}
+        self._gains = {
+            side: self._slot.format(side).gain(magnitude * scale, self._world_size)
+            for side, magnitude in magnitudes.items()
+        }
         slot, error = self._slot, self._state.errors.get(self._slot.name)
         self._gradient = as_matrix(gradient, slot.order, slot.split)
         self._error = None if error is None else as_matrix(error, slot.order, slot.split)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ class Wires:
     Attributes:
         world_size: the number of ranks.
         sent_bytes: bytes handed to collectives in this step.
+        encodes: whether factors can travel as integers in this step, if they are to (see `integers`).
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -31,6 +33,7 @@ class Wires:
         self.device = device
         self.world_size = dist.get_world_size(process_group)
         self.sent_bytes = 0
+        self.encodes = True
         self._wires: list[Wire] = []
 
     @property
@@ -38,10 +41,16 @@ class Wires:
         """Bytes of the buffers that payloads are packed in."""
         return sum(wire.flat.nbytes for wire in self._wires)
 
-    def new(self, length: int, dtype: torch.dtype) -> Wire:
-        """Make the buffer of one collective of a step; empty where every payload is borrowed."""
-        self._wires.append(Wire(self, length, dtype))
-        return self._wires[-1]
+    def add(self, wire: Wire) -> Wire:
+        """Take one collective more for every step."""
+        self._wires.append(wire)
+        return wire
+
+    def begin_step(self, encodes: bool) -> None:
+        """Begin a step. One that was broken off by an exception is forgotten."""
+        self.sent_bytes, self.encodes = 0, encodes
+        for wire in self._wires:
+            wire.forget()
 
     def all_reduce(self, payload: Tensor) -> Work | None:
         """Sum a payload over the ranks, in place and asynchronously, and count its bytes. ``None``: a rank is alone."""
@@ -51,6 +60,22 @@ class Wires:
         work: Work | None = dist.all_reduce(payload, group=self.process_group, async_op=True)
         assert work is not None, "this rank is not a member of the process group"
         return work
+
+    def all_to_all(self, outgoing: Tensor) -> tuple[Work | None, Tensor]:
+        """Send the w-th row of a payload to rank w, asynchronously; what comes instead is in the rows of the result.
+
+        Its bytes are counted for `all_gather` as well, which follows with a row of that length: together they send what
+        an all-reduce of the payload would.
+        """
+        self.sent_bytes += outgoing.nbytes
+        incoming = torch.empty_like(outgoing)
+        return dist.all_to_all_single(incoming, outgoing, group=self.process_group, async_op=True), incoming
+
+    def all_gather(self, mine: Tensor) -> Tensor:
+        """Give the flat payloads of all ranks, in their rows."""
+        everyones = mine.new_empty(self.world_size * mine.numel())
+        dist.all_gather_into_tensor(everyones, mine, group=self.process_group)
+        return everyones.view(self.world_size, -1)
 
     def receive(self) -> Tensor:
         """Wait for all that is on its way.
@@ -71,8 +96,13 @@ class Wires:
 class Wire:
     """One collective of a step: a flat payload that is summed over the ranks as it lies in memory.
 
+    Args:
+        wires: between the ranks.
+        length: of the buffer; 0 where every payload is borrowed.
+        dtype: of the buffer.
+
     Attributes:
-        flat: a buffer for it, unless it is borrowed.
+        flat: the buffer.
         blemish: zero if all that was received is finite, else NaN.
     """
 
@@ -81,6 +111,32 @@ class Wire:
         self._in_flight: tuple[Work | None, Tensor] | None = None
         self.flat = torch.zeros(length, dtype=dtype, device=wires.device)
         self.blemish = torch.zeros((), device=wires.device)
+
+    def share(self, part: Tensor) -> None:
+        """Make a part of the payload ready, in place: the sum over the ranks is to be the mean."""
+        part.div_(self._wires.world_size)
+
+    def share_factors(  # the factors and their bits are for wires that encode them
+        self,
+        part: Tensor,
+        factors: Sequence[Tensor],  # noqa: ARG002
+        bits: int,  # noqa: ARG002
+        own: Tensor | None = None,
+    ) -> None:
+        """Make factors ready, in place.
+
+        Args:
+            part: of the payload.
+            factors: that lie in it, one behind the other.
+            bits: of each entry on the wire.
+            own: of the part's length; is given what this rank contributes to the mean, after the wire's rounding.
+        """
+        part.div_(self._wires.world_size)
+        if own is not None:
+            own.copy_(part).mul_(self._wires.world_size)
+
+    def forget(self) -> None:
+        """Let go of a step that was broken off."""
 
     def send(self, payload: Tensor) -> None:
         """Start the all-reduce of a payload; an empty one is left out."""

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig, Rank, floating_dtype
+from lightning_powersgd.compressor.config import AUTO, CommDtype, PowerSGDConfig, Rank, floating_dtype
 from lightning_powersgd.compressor.parameters import require_values
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.ddp import attach_powersgd
@@ -71,7 +71,7 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
         error_feedback: bool = True,
         warm_start: bool = True,
         error_dtype: torch.dtype | str | None = None,
-        comm_dtype: torch.dtype | str | None = None,
+        comm_dtype: CommDtype = None,
         seed: int = 0,
         checkpoint_error_feedback: bool = True,
         scaler: Scaler | None = None,
@@ -101,7 +101,7 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
             error_feedback=error_feedback,
             warm_start=warm_start,
             error_dtype=floating_dtype("error_dtype", error_dtype),
-            comm_dtype=floating_dtype("comm_dtype", comm_dtype),
+            comm_dtype=comm_dtype,
             seed=seed,
         )
         super().__init__(

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig, Rank, floating_dtype, require_int
+from lightning_powersgd.compressor.config import AUTO, CommDtype, PowerSGDConfig, Rank, floating_dtype, require_int
 from lightning_powersgd.compressor.parameters import require_values
 from lightning_powersgd.exchange.agreement import require_alike
 from lightning_powersgd.exchange.core import GradientExchange
@@ -95,7 +95,7 @@ class PowerSGDStrategy(SharedLifecycle):
         error_feedback: bool = True,
         warm_start: bool = True,
         error_dtype: torch.dtype | str | None = None,
-        comm_dtype: torch.dtype | str | None = None,
+        comm_dtype: CommDtype = None,
         seed: int = 0,
         log_metrics: bool = True,
         prog_bar: bool = False,
@@ -140,7 +140,7 @@ class PowerSGDStrategy(SharedLifecycle):
             error_feedback=error_feedback,
             warm_start=warm_start,
             error_dtype=floating_dtype("error_dtype", error_dtype),
-            comm_dtype=floating_dtype("comm_dtype", comm_dtype),
+            comm_dtype=comm_dtype,
             seed=seed,
         )
         require_int("check_replicas_every", check_replicas_every, minimum=0, remedy="Use 0 to never compare them.")

@@ -408,6 +408,9 @@ RESUME_CONFIGS = [
     {"rank": 8},
     {"error_dtype": "bfloat16"},
     {"comm_dtype": "bfloat16", "alternate": True},
+    {"comm_dtype": "int8"},
+    {"comm_dtype": "int4", "alternate": True},
+    {"comm_dtype": {"P": "int4", "Q": "int8"}},
     {"warm_start": False},
 ]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_powersgd import PowerSGDConfig, PowerSGDState, make_plan
 from lightning_powersgd.compressor.basis import normalize_rows, orthonormal
 from lightning_powersgd.compressor.checkpoint import require_readable
-from lightning_powersgd.compressor.codec import half_gain, saturated
+from lightning_powersgd.compressor.codec import format_of, half_gain, saturated
 from lightning_powersgd.compressor.passes import decompress, project
 from lightning_powersgd.compressor.plan import SIDES, Slot
 from lightning_powersgd.compressor.view import as_matrix, matrix_order, permute_columns
@@ -69,7 +69,7 @@ def settings_for(names: list[str], **fixed: st.SearchStrategy[Any]) -> st.Search
         "error_feedback": st.sampled_from([True, True, False]),
         "warm_start": st.sampled_from([True, True, False]),
         "error_dtype": st.sampled_from([None, *DTYPES]),
-        "comm_dtype": st.sampled_from([None, *DTYPES]),
+        "comm_dtype": st.sampled_from([None, *DTYPES, "int8", "int4", {"P": "int4", "Q": "int8"}]),
         "start_step": st.sampled_from([0, 0, 0, 1, 2]),
         "seed": st.integers(0, 3),
     }
@@ -97,15 +97,19 @@ def test_every_trainable_parameter_is_in_one_group_and_counted_once(data, model,
     trainable = {name: parameter for name, parameter in model.items() if parameter.requires_grad}
     assert sorted(slot.name for group in plan.groups for slot in group.slots) == sorted(trainable)
     dense = sent = 0.0
-    for slot, wire in [(slot, group.dtype) for group in plan.groups for slot in group.slots]:
+    for slot, formats in [(slot, group.formats) for group in plan.groups for slot in group.slots]:
         shape, dtype = trainable[slot.name].shape, trainable[slot.name].dtype
         assert (slot.shape, slot.dtype) == (shape, dtype)
         assert slot.rank in (0, _asked_for(slot.name, config.rank))
         whole = payload = math.prod(shape) * dtype.itemsize
         if slot.rank:
-            payload = slot.rank * (shape[0] + math.prod(shape[1:])) * wire.itemsize / (2 if config.alternate else 1)
+            lengths = (math.prod(shape[: slot.split]), math.prod(shape[slot.split :]))
+            sides = [math.ceil(slot.rank * size * wire.bits / 8) for size, wire in zip(lengths, formats, strict=True)]
+            payload = sum(sides) / (2 if config.alternate else 1)
             assert whole >= config.min_compression_ratio * payload
-        assert wire == (config.comm_dtype or dtype if slot.rank else dtype)
+        given = config.comm_dtype if slot.rank and config.comm_dtype is not None else dtype
+        each = (given["P"], given["Q"]) if isinstance(given, dict) else (given, given)
+        assert formats == tuple(map(format_of, each))
         dense, sent = dense + whole, sent + payload
     assert plan.dense_bytes == dense
     assert plan.sent_bytes(alternate=config.alternate) == sent <= dense
@@ -440,7 +444,10 @@ def require_balance(case: Case, runs: list[Run]) -> None:
 
 def roundoff(case: Case, slot: Slot) -> tuple[float, float]:
     """How the coarsest dtype on a gradient's way rounds, and the smallest number that it rounds no coarser."""
-    others = [case.config["error_dtype"], case.config["comm_dtype"]] if slot.rank else []
+    # What is rounded to integers stays, but the first steps travel in bfloat16.
+    wire = case.config["comm_dtype"]
+    wire = torch.bfloat16 if isinstance(wire, str | dict) else wire
+    others = [case.config["error_dtype"], wire] if slot.rank else []
     infos = [torch.finfo(dtype) for dtype in (slot.dtype, *others) if dtype is not None]
     return max(info.eps for info in infos), max(info.smallest_normal for info in infos) / min(case.scales or [1.0])
 
@@ -494,7 +501,7 @@ def test_what_is_sent_whole_is_the_mean(ranks, case):
             assert ((averaged - gradients.mean(dim=0)).abs() <= allowed).all(), f"parameter {index}, step {step}"
 
 
-@given(cases())
+@given(cases(comm_dtype=st.sampled_from([None, *DTYPES])))
 def test_the_bytes_are_those_of_the_plan(ranks, case):
     run, *_ = played(ranks, case)
     first, alternate = case.config["start_step"], case.config["alternate"]

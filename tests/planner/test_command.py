@@ -384,7 +384,7 @@ def test_of_a_pattern_given_twice_the_first_wins(plan):
         (["zoo:Fixed", "--rank", "*=-1"], "`rank['*']=-1` is below 0."),
         (["zoo:Fixed", "--rank=2", "--rank=*=1"], "--rank 2 --rank *=1 mixes numbers and patterns."),
         (["zoo:Fixed", "--rank=head*=1"], "`rank` has the pattern 'head*', which matches no parameter."),
-        (["zoo:Fixed", "--comm-dtype=int8"], "`comm_dtype='int8'` is not a floating-point dtype"),
+        (["zoo:Fixed", "--comm-dtype=int16"], "`comm_dtype='int16'` is not a floating-point dtype"),
         (["zoo:Fixed", "--min-compression-ratio=0.5"], "`min_compression_ratio=0.5` is below 1."),
         (["zoo:Fixed", "--world-size=1"], "`world_size=1` is below 2. A single rank has nobody to exchange"),
         (["zoo:Fixed", f"--world-size={10**400}"], f"`world_size={10**400}` is above 2147483647. Give the number"),

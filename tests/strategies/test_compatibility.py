@@ -151,6 +151,8 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"error_dtype": "bfloat16"}, {}, []),
     ({}, {"comm_dtype": "bfloat16"}, []),
     ({"comm_dtype": "bfloat16"}, {}, []),
+    ({}, {"comm_dtype": "int8"}, []),
+    ({"comm_dtype": "int4"}, {"comm_dtype": "float16"}, []),
     ({}, {"warm_start": False}, []),
     ({"warm_start": False}, {}, []),
     ({}, {"seed": 1}, []),
@@ -217,7 +219,13 @@ def test_a_changed_start_step_counts_from_the_first_run_on_and_errors_wait(fit, 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled code", "PyTorch's operations"])
 @pytest.mark.parametrize(
     "config",
-    [{}, {"alternate": True}, {"error_dtype": "bfloat16", "comm_dtype": "bfloat16"}, {"warm_start": False}],
+    [
+        {},
+        {"alternate": True},
+        {"error_dtype": "bfloat16", "comm_dtype": "bfloat16"},
+        {"comm_dtype": "int8"},
+        {"warm_start": False},
+    ],
     ids=str,
 )
 def test_a_fit_resumed_with_other_buckets_equals_the_uninterrupted_one_bit_for_bit(fit, config, compiled):

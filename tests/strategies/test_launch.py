@@ -68,8 +68,8 @@ def test_name_flag_and_yaml_give_the_same_strategy(strategy_of, tmp_path):
     forms = [
         ["--trainer.strategy", "powersgd"],
         ["--trainer.strategy", "PowerSGDStrategy"],
-        ["--trainer.strategy", "PowerSGDStrategy", "--trainer.strategy.rank", "2"],
-        ["--trainer.strategy", "lightning_powersgd.PowerSGDStrategy", "--trainer.strategy.rank", "2"],
+        ["--trainer.strategy", "PowerSGDStrategy", "--trainer.strategy.rank", "auto"],
+        ["--trainer.strategy", "lightning_powersgd.PowerSGDStrategy", "--trainer.strategy.rank", "auto"],
         write_yaml(tmp_path, "powersgd"),
     ]
     for form in forms:
@@ -83,6 +83,11 @@ def test_name_flag_and_yaml_give_the_same_strategy(strategy_of, tmp_path):
         {"rank": {"net.0.*": 0, "*": 1}, "start_step": 100},
         {"alternate": True, "error_feedback": False, "warm_start": False, "seed": 7, "min_compression_ratio": 4.0},
         {"error_dtype": "bfloat16", "comm_dtype": "float16"},
+        {"comm_dtype": "int8"},
+        {"comm_dtype": {"P": "int4", "Q": "int8"}},
+        {"turnaround": 12.5},
+        {"max_bytes": 100_000},
+        {"rank": {"net.0.*": "auto", "*": 1}},
     ],
     ids=str,
 )

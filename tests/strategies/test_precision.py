@@ -39,7 +39,11 @@ class AsksTheDevice(TorchDispatchMode):
 @pytest.mark.lost_by_pytorchs_hook("the loss scale falls: gradients jump 54-fold")
 @ALTERNATE
 @pytest.mark.parametrize("accelerator", [False, True], ids=["host", "device"])
-@pytest.mark.parametrize("config", [{}, {"error_dtype": "bfloat16"}, {"comm_dtype": "float16"}, {"rank": 1}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"error_dtype": "bfloat16"}, {"comm_dtype": "float16"}, {"comm_dtype": "int8"}, {"rank": 1}],
+    ids=str,
+)
 def test_a_changed_loss_scale_changes_nothing(two_ranks, config, accelerator, alternate):
     """From 2^16 to 2^8 and back: powers of two, so that even the rounding is the same."""
     results = two_ranks.run(_unscaled_gradients, accelerator, alternate=alternate, **config)
@@ -169,7 +173,9 @@ def test_a_step_that_is_not_finite_is_seen_by_all_and_remembered_by_none(
 
 
 @pytest.mark.parametrize(
-    "config", [{"comm_dtype": "float16"}, {"error_dtype": "bfloat16"}, {"warm_start": False}], ids=str
+    "config",
+    [{"comm_dtype": "float16"}, {"comm_dtype": "int4"}, {"error_dtype": "bfloat16"}, {"warm_start": False}],
+    ids=str,
 )
 @pytest.mark.parametrize("accelerator", [False, True], ids=["host", "device"])
 def test_other_settings_recover_as_well(two_ranks, config, accelerator):
@@ -225,7 +231,7 @@ def _recovers(
 
 @pytest.mark.lost_by_pytorchs_hook("a device synchronisation in every bucket")
 @ALTERNATE
-@pytest.mark.parametrize("comm_dtype", [None, "float16"])
+@pytest.mark.parametrize("comm_dtype", [None, "float16", "int8", "int4"])
 def test_an_accelerator_is_never_asked_during_a_step(two_ranks, comm_dtype, alternate):
     for on_the_host, on_the_device in two_ranks.run(_count_questions, comm_dtype, alternate):
         assert on_the_device == 0
@@ -243,7 +249,7 @@ def _count_questions(comm_dtype: str | None, alternate: bool) -> list[int]:
                 with AsksTheDevice() as questions:
                     loss.backward()
                 # Between two steps, as a GradScaler does.
-                exchange.state.held  # noqa: B018
+                exchange.state.encodes  # noqa: B018
         counts.append(questions.asked)
     return counts
 
