@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from resnet import resnet18
 from text_transformer import ByteTransformer, TextDataModule
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from lightning_powersgd import PowerGossipStrategy, PowerSGDStrategy
 
@@ -32,6 +33,22 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "rank 16": {"rank": 16},
     "rank 32": {"rank": 32},
 }
+# The same ranks in fewer bits, the rank that follows from the length of the training, and what to compare them with.
+CODECS: dict[str, dict[str, Any] | None] = {
+    "rank 8, int8": {"rank": 8, "comm_dtype": "int8"},
+    "rank 8, int4": {"rank": 8, "comm_dtype": "int4"},
+    "rank 16, int8": {"rank": 16, "comm_dtype": "int8"},
+    "rank 16, int4": {"rank": 16, "comm_dtype": "int4"},
+    "rank 32, int8": {"rank": 32, "comm_dtype": "int8"},
+    "rank 32, int4": {"rank": 32, "comm_dtype": "int4"},
+    "rank 32, P int4, Q int8": {"rank": 32, "comm_dtype": {"P": "int4", "Q": "int8"}},
+    "rank 64, int4": {"rank": 64, "comm_dtype": "int4"},
+    "auto": {},
+    "auto, int8": {"comm_dtype": "int8"},
+    "auto, int4": {"comm_dtype": "int4"},
+    "bfloat16 all-reduce": {"all_reduce": "bfloat16"},
+    "one process alone": {"alone": "own"},
+}
 
 
 class ResNetClassifier(ImageClassifier):
@@ -45,6 +62,21 @@ class ResNetClassifier(ImageClassifier):
     def __init__(self, learning_rate: float = 0.05, width: int = 32) -> None:
         super().__init__(learning_rate, weight_decay=5e-4)
         self.network = resnet18(width, channels_in=1, stride=2)
+
+
+class HalfWidth(DDPStrategy):
+    """Plain all-reduce of gradients that are rounded to bfloat16."""
+
+    def _register_ddp_hooks(self) -> None:
+        # Lightning registers hooks on GPUs only.
+        self.model.register_comm_hook(None, bf16_compress_hook)
+
+
+class Alone(PowerGossipStrategy):
+    """No communication: what an exchange is to be better than."""
+
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        return DDPStrategy.optimizer_step(self, optimizer, closure, model, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -86,6 +118,10 @@ class Task:
         settings = self.variants[variant]
         if settings is None:
             return DDPStrategy()
+        if "all_reduce" in settings:
+            return HalfWidth()
+        if "alone" in settings:
+            return Alone(average_model=settings["alone"] == "average", log_metrics=False)
         if "start_step" in settings:
             settings = {**settings, "start_step": round(settings["start_step"] * steps)}
         # At the end, averaging the errors for a checkpoint would count as much as a hundred steps.
@@ -93,8 +129,10 @@ class Task:
 
     def bytes_per_step(self, strategy: DDPStrategy, dense_bytes: int, steps: int) -> float:
         """Count what a process handed to collectives in a step of a training that is over."""
+        if isinstance(strategy, Alone):
+            return 0
         if not isinstance(strategy, PowerSGDStrategy):
-            return dense_bytes
+            return dense_bytes / (2 if isinstance(strategy, HalfWidth) else 1)
         assert strategy.exchange is not None
         return strategy.exchange.state.total_sent_bytes / steps
 
@@ -105,22 +143,13 @@ class Task:
         return worse / float(amount) * (100 / ddp if unit == "%" else 1)
 
 
-class Alone(PowerGossipStrategy):
-    """No communication: what gossip is to be better than."""
-
-    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        return DDPStrategy.optimizer_step(self, optimizer, closure, model, **kwargs)
-
-
 class GossipTask(Task):
     """Something to learn without a server. ``settings`` are PowerGossip's; ``alone`` among them is no communication."""
 
     def strategy(self, variant: str, steps: int) -> DDPStrategy:
         settings = self.variants[variant]
-        if settings is None:
-            return DDPStrategy()
-        if "alone" in settings:
-            return Alone(average_model=settings["alone"] == "average", log_metrics=False)
+        if settings is None or "alone" in settings:
+            return super().strategy(variant, steps)
         return PowerGossipStrategy(**settings, log_metrics=False)
 
     def bytes_per_step(self, strategy: DDPStrategy, dense_bytes: int, steps: int) -> float:
@@ -141,7 +170,7 @@ TASKS: dict[str, Task] = {
         module=ResNetClassifier,
         data=lambda folder: ImageDataModule(folder, batch_size=64),
         steps=600,
-        variants=VARIANTS,
+        variants=VARIANTS | CODECS,
         trainer={},
     ),
     "text": Task(
@@ -156,6 +185,7 @@ TASKS: dict[str, Task] = {
         steps=600,
         variants={
             **VARIANTS,
+            **CODECS,
             "rank 2, ends whole": {"rank": {"*embedding*": 0, "head*": 0, "*": 2}},
             "rank 4, ends whole": {"rank": {"*embedding*": 0, "head*": 0, "*": 4}},
         },
