@@ -8,6 +8,7 @@ The entry of a compressed parameter:
 | ``split`` | how many dimensions make the rows of its matrix; 1 if it is missing | |
 | ``factors`` | by side, with columns in the order of the parameter's indices (not of its memory) | (r, n), (r, m) |
 | ``magnitudes`` | by side, if factors travel in float16 or as integers | (r, 1) |
+| ``profiles`` | by side, if factors travel as integers; columns as in ``factors`` | (1, n), (1, m) |
 | ``drawn`` | sides of factors that hold a row as it was drawn, of alternating steps; none if it is missing | |
 | ``error`` | the error buffer, if it is kept | the parameter's |
 """
@@ -34,22 +35,30 @@ def make_entry(
     slot: Slot,
     factors: Mapping[Side, Tensor],
     magnitudes: Mapping[Side, Tensor],
+    profiles: Mapping[Side, Tensor],
     error: Tensor | None,
     drawn: Iterable[Side],
 ) -> dict[str, Any]:
     """Give the entry of a compressed parameter. Its tensors are copies."""
-    copied = {side: factor.clone() for side, factor in factors.items()}
-    copied["right"] = permute_columns(copied["right"], slot.shape, slot.order, to_shape_order=True)
-    entry: dict[str, Any] = {"shape": list(slot.shape), "rank": slot.rank, "factors": copied}
+    entry: dict[str, Any] = {"shape": list(slot.shape), "rank": slot.rank, "factors": _in_shape_order(slot, factors)}
     if slot.split != 1:
         entry["split"] = slot.split
     if len(factors) > 1:
         entry["drawn"] = sorted(drawn)
     if magnitudes:
         entry["magnitudes"] = {side: magnitude.clone() for side, magnitude in magnitudes.items()}
+    if profiles:
+        entry["profiles"] = _in_shape_order(slot, profiles)
     if error is not None:
         entry["error"] = error.clone()
     return entry
+
+
+def _in_shape_order(slot: Slot, by_side: Mapping[Side, Tensor]) -> dict[Side, Tensor]:
+    """Copy what has a column for each row and column of the matrix, in the order of the parameter's indices."""
+    copied = {side: tensor.clone() for side, tensor in by_side.items()}
+    copied["right"] = permute_columns(copied["right"], slot.shape, slot.order, to_shape_order=True)
+    return copied
 
 
 def load_entry(
@@ -57,6 +66,7 @@ def load_entry(
     saved: Mapping[str, Any] | None,
     factors: Mapping[Side, Tensor],
     magnitudes: Mapping[Side, Tensor],
+    profiles: Mapping[Side, Tensor],
     error: Tensor | None,
     drawn: MutableSet[Side],
     held: Side,
@@ -67,7 +77,8 @@ def load_entry(
         slot: of the parameter.
         saved: the entry; ``None`` if there is none.
         factors: by side.
-        magnitudes: by side; empty if factors do not travel in float16.
+        magnitudes: by side; empty if factors travel without gains.
+        profiles: by side; empty if factors do not travel as integers.
         error: the error buffer; ``None`` without error feedback.
         drawn: the sides of factors that hold a row as it was drawn; changed in place.
         held: the side that the next step starts from.
@@ -100,6 +111,16 @@ def load_entry(
             magnitude.copy_(found)
         else:
             magnitude.fill_(slot.format(side).first_magnitude)
+    for side, profile in profiles.items():
+        found = saved.get("profiles", {}).get(side) if same_matrix else None
+        if found is None:
+            profile.zero_()
+            # Without a profile the magnitude is of no use either.
+            magnitudes[side].zero_()
+        elif side == "right":
+            profile.copy_(permute_columns(found, slot.shape, slot.order, to_shape_order=False))
+        else:
+            profile.copy_(found)
     if error is None and "error" in saved:
         dropped.append(f"{slot.name}: an error buffer was saved, but `error_feedback` is off")
     if error is not None:
@@ -129,7 +150,10 @@ def as_saved(config: PowerSGDConfig, settings: Mapping[str, Any]) -> PowerSGDCon
 def rescaled_entry(entry: Mapping[str, Any], ratio: float) -> dict[str, Any]:
     """Give an entry as it is at another loss scale: errors and magnitudes times the ratio of that to the old one."""
     return with_tensors(
-        entry, lambda key, tensor: tensor.clone() if key == "factors" else saturated(tensor * ratio, tensor.dtype)
+        entry,
+        lambda key, tensor: (
+            saturated(tensor * ratio, tensor.dtype) if key in ("error", "magnitudes") else tensor.clone()
+        ),
     )
 
 
@@ -203,12 +227,14 @@ def _slot_defects(entry: Any) -> Iterator[str]:
         yield f"{rank!r:.40} is the 'rank'"
     if not isinstance(factors, Mapping) or not set(factors) <= set(SIDES):
         yield f"{factors!r:.40} are the 'factors'"
-    magnitudes = entry.get("magnitudes", {})
-    if not isinstance(magnitudes, Mapping):
-        yield f"{magnitudes!r:.40} are the 'magnitudes'"
+    magnitudes, profiles = entry.get("magnitudes", {}), entry.get("profiles", {})
+    for key, by_side in (("magnitudes", magnitudes), ("profiles", profiles)):
+        if not isinstance(by_side, Mapping):
+            yield f"{by_side!r:.40} are the {key!r}"
     lengths = {"left": rows, "right": columns}
     expected = [(f"{side} factor", factor, (rank, lengths[side])) for side, factor in factors.items()]
     expected += [(f"{side} magnitudes", magnitude, (rank, 1)) for side, magnitude in magnitudes.items()]
+    expected += [(f"{side} profile", profile, (1, lengths[side])) for side, profile in profiles.items()]
     if "error" in entry:
         expected.append(("'error'", entry["error"], tuple(shape)))
     for what, tensor, size in expected:

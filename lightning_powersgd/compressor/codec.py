@@ -1,13 +1,17 @@
 """How factors travel in few bits: rows are brought into the range of the wire, by a scale that every rank knows.
 
-Each row of a factor is multiplied by a *gain*, which follows from its *magnitude* in the step before: the averaged
-factor is the same on all ranks, so no message has to tell the gain. What is cut off or rounded for the wire stays in
-the error buffer, and leaves with the next steps.
+A factor is multiplied by *gains* on its way, which follow from the *magnitudes* of its rows in the step before: the
+averaged factor is the same on all ranks, so no message has to tell them. What is cut off or rounded for the wire stays
+in the error buffer, and leaves with the next steps.
 
 | wire | magnitude of a row | gain | then |
 |---|---|---|---|
 | float16 | its largest entry | a power of two that brings this to about 2^5 | cut to what ranks can sum |
-| int8, int4 | its root mean square | levels to it, see `integer_gain` | rounded to whole levels |
+| int8, int4 | its root mean square | see `integer_gain` | rounded to whole levels |
+
+For integers, entries that are small in all rows have finer levels: the *profile* of a factor is how its squares are
+spread over the entries of a row, a running mean over the last steps. Without it what is always small would be rounded
+to zero, and come late and in bursts, which an optimizer like Adam takes for as much as what is large.
 """
 
 from __future__ import annotations
@@ -25,6 +29,10 @@ _FIRST_MAGNITUDE = 2.0**4
 # Of the averaged factor's root mean square, so many must have room in the range of an integer. The entries of a
 # Gaussian row stay below; those of a row with few large ones are cut off, and come later.
 _ROOM = {8: 5.0, 4: 3.0}
+
+# How much a step changes the profile, and how small a square it may give an entry, which may be larger in the next.
+_PROFILE_STEP = 0.2
+_LEAST_PROFILE = 1e-3
 
 # A sum of all ranks' integers must fit into the field of one. Where that leaves each rank fewer levels than this on
 # either side of zero, factors are added in float32 instead, on one rank for each part of them.
@@ -65,9 +73,18 @@ class Format:
             return norm / math.sqrt(factor.shape[1])
         return factor.abs().amax(dim=1, keepdim=True)
 
-    def gain(self, magnitude: Tensor, world_size: int) -> Tensor:
-        """Give what rows of about a magnitude are multiplied by for the wire, (r, 1) float32."""
-        return integer_gain(magnitude, self.bits, world_size) if self.integer else half_gain(magnitude)
+    def gain(self, magnitude: Tensor, profile: Tensor | None, world_size: int) -> Tensor:
+        """Give what rows of about a magnitude are multiplied by for the wire.
+
+        Args:
+            magnitude: (r, 1).
+            profile: (1, k), for integers.
+            world_size: W.
+
+        Returns:
+            (r, k) for integers, else (r, 1); float32.
+        """
+        return half_gain(magnitude) if profile is None else integer_gain(magnitude, profile, self.bits, world_size)
 
 
 def format_of(dtype: torch.dtype | str) -> Format:
@@ -117,22 +134,39 @@ def most_levels(bits: int, world_size: int) -> int:
     return _largest(bits) // world_size if sums_fit(bits, world_size) else _largest(bits)
 
 
-def integer_gain(magnitude: Tensor, bits: int, world_size: int) -> Tensor:
-    """Give what turns rows of a factor into levels: integers, when they are rounded.
+def updated_profile(profile: Tensor, factor: Tensor, magnitude: Tensor) -> Tensor:
+    """Give the running mean of a factor's squares, in units of their mean in each row.
+
+    Args:
+        profile: (1, k), before; zeros where nothing is known.
+        factor: (r, k).
+        magnitude: (r, 1), the root mean square of its rows.
+    """
+    there = magnitude > 0
+    squares = (factor / torch.where(there, magnitude, 1.0)).square()
+    now = squares.sum(dim=0, keepdim=True) / there.sum().clamp_min(1)
+    updated = torch.where(profile > 0, torch.lerp(profile, now, _PROFILE_STEP), now)
+    return torch.where(there.any(), updated, profile)
+
+
+def integer_gain(magnitude: Tensor, profile: Tensor, bits: int, world_size: int) -> Tensor:
+    """Give what turns a factor into levels: integers, when they are rounded.
 
     A rank's own factor is larger than the average by up to √W, where gradients are noise for the most part.
 
     Args:
         magnitude: (r, 1), the root mean square of each row of the averaged factor.
+        profile: (1, k), the mean square of its entries, in units of the rows' (see `updated_profile`).
         bits: of an integer.
         world_size: W.
 
     Returns:
-        (r, 1), float32.
+        (r, k), float32.
     """
     room = _ROOM[bits] * math.sqrt(world_size)
     # A row that has never had a gradient has no magnitude.
-    return (most_levels(bits, world_size) / room) / magnitude.float().clamp_min(1e-30)
+    rows = (most_levels(bits, world_size) / room) / magnitude.float().clamp_min(1e-30)
+    return rows * profile.clamp_min(_LEAST_PROFILE).rsqrt()
 
 
 def refinement(world_size: int) -> float:

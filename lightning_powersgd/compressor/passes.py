@@ -32,7 +32,7 @@ def project(
         out: (r, l), of any floating dtype.
         error: (k, l), of the matrix's dtype or a narrower one.
         scale: of the loss, in units of the one that the error was computed at. A scalar tensor stays on its device.
-        gain: (r, 1): what the rows of `out` are multiplied by for the wire (see `codec`).
+        gain: (r, 1) or (r, l): what `out` is multiplied by for the wire (see `codec`).
     """
     library = native.library_for(matrix)
     if error is not None and not (library and error.dtype == matrix.dtype and isinstance(scale, float)):

@@ -5,6 +5,7 @@
 | error buffer | the parameter's | ``error_dtype`` | local to the rank; only the mean over ranks affects training |
 | left factor P, right factor Q | (r, n), (r, m) | the payload's | the same on all ranks |
 | magnitudes of the rows of both, for a float16 or integer payload | (r, 1) | float32 | the same on all ranks |
+| profiles of both, for an integer payload | (1, n), (1, m) | float32 | the same on all ranks |
 | loss scale that errors and magnitudes refer to | scalar | float32 | the same on all ranks |
 | step, byte counts | numbers | | the same on all ranks |
 """
@@ -28,7 +29,7 @@ from lightning_powersgd.compressor.checkpoint import (
     rescaled_entry,
     with_tensors,
 )
-from lightning_powersgd.compressor.codec import Format, saturated
+from lightning_powersgd.compressor.codec import Format, saturated, updated_profile
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.parameters import common_device, parameter_name
 from lightning_powersgd.compressor.passes import assign
@@ -53,6 +54,8 @@ class PowerSGDState:
         factors: by name, the factors held for the next step, by side.
         magnitudes: by name and side, of the rows of the last averaged factor, (r, 1) (see `codec`); only of factors
             that travel with a gain.
+        profiles: by name and side, of the last averaged factors, (1, n) or (1, m) (see `codec`); only of factors that
+            travel as integers.
         drawn: by name, the sides of factors that hold a row as it was drawn, not yet computed from gradients; only of
             alternating steps, since a full step holds nothing but what it makes of such a row.
         loss_scale: that the gradients were multiplied by from which errors and magnitudes came, a scalar.
@@ -105,6 +108,7 @@ class PowerSGDState:
         self.errors: dict[str, Tensor] = {}
         self.factors: dict[str, dict[Side, Tensor]] = {}
         self.magnitudes: dict[str, dict[Side, Tensor]] = {}
+        self.profiles: dict[str, dict[Side, Tensor]] = {}
         self.drawn: dict[str, set[Side]] = {}
         self.loss_scale = torch.ones((), device=self.device)
         self._make_buffers()
@@ -127,7 +131,7 @@ class PowerSGDState:
         """
         self.plan = self._make_plan(config)
         self.config = config
-        for buffers in (self.errors, self.factors, self.magnitudes, self.drawn):
+        for buffers in (self.errors, self.factors, self.magnitudes, self.profiles, self.drawn):
             buffers.clear()
         self._make_buffers()
 
@@ -167,6 +171,10 @@ class PowerSGDState:
                         side: torch.full((slot.rank, 1), slot.format(side).first_magnitude, device=self.device)
                         for side in SIDES
                     }
+                if slot.formats[0].integer:
+                    self.profiles[slot.name] = {
+                        side: torch.zeros(1, slot.length(side), device=self.device) for side in SIDES
+                    }
         self._know_magnitudes()
 
     def first_factor(self, slot: Slot, side: Side) -> Tensor:
@@ -203,6 +211,9 @@ class PowerSGDState:
             magnitude = self.magnitudes[name][side]
             found = self._format(name, side).magnitude(factor)
             assign(magnitude, torch.where(found > 0, found, magnitude), keep)
+            if name in self.profiles:
+                profile = self.profiles[name][side]
+                assign(profile, updated_profile(profile, factor, found), keep)
 
     @property
     def encodes(self) -> bool:
@@ -361,8 +372,9 @@ class PowerSGDState:
         ]
         for slot in self.plan.compressed:
             name, entry = slot.name, saved.get(slot.name)
-            magnitudes, error = self.magnitudes.get(name, {}), self.errors.get(name)
-            dropped += load_entry(slot, entry, self.factors[name], magnitudes, error, self.drawn[name], self.held)
+            scales = (self.magnitudes.get(name, {}), self.profiles.get(name, {}))
+            error, drawn = self.errors.get(name), self.drawn[name]
+            dropped += load_entry(slot, entry, self.factors[name], *scales, error, drawn, self.held)
         self._know_magnitudes()
         return dropped
 
@@ -391,12 +403,14 @@ class PowerSGDState:
         self.errors = with_tensors(self.errors, move)
         self.factors = with_tensors(self.factors, move)
         self.magnitudes = with_tensors(self.magnitudes, move)
+        self.profiles = with_tensors(self.profiles, move)
         self._waiting = {name: with_tensors(entry, move) for name, entry in self._waiting.items()}
 
     def _slot_entry(self, slot: Slot, error_feedback: bool) -> dict[str, Any]:
         error = self.errors.get(slot.name) if error_feedback else None
         name = slot.name
-        return make_entry(slot, self.factors[name], self.magnitudes.get(name, {}), error, self.drawn[name])
+        scales = (self.magnitudes.get(name, {}), self.profiles.get(name, {}))
+        return make_entry(slot, self.factors[name], *scales, error, self.drawn[name])
 
     def _waiting_entry(self, entry: Mapping[str, Any], error_feedback: bool) -> dict[str, Any]:
         """Give the entry of a frozen parameter, at the present scale."""

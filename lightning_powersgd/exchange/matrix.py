@@ -49,8 +49,9 @@ class Matrix:
         """
         self._scale = scale
         magnitudes = self._state.magnitudes.get(self._slot.name, {}) if encodes else {}
+        profiles = self._state.profiles.get(self._slot.name, {})
         self._gains = {
-            side: self._slot.format(side).gain(magnitude * scale, self._world_size)
+            side: self._slot.format(side).gain(magnitude * scale, profiles.get(side), self._world_size)
             for side, magnitude in magnitudes.items()
         }
         slot, error = self._slot, self._state.errors.get(self._slot.name)
