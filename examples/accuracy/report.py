@@ -25,13 +25,33 @@ from lightning_powersgd import PowerSGDConfig, make_plan
 # What the benchmarks share.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from common import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, ResultTable, format_bytes, log_axis, make_console
+from common import (
+    AMBER,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    ResultTable,
+    format_bytes,
+    log_axis,
+    make_console,
+)
 from study import RESULTS, read
 from tasks import TASKS, GossipTask, Task
 
 # Variants that are points of one line, and the colour, line and marker of each line.
 LINES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "full steps": (("rank 1", "rank 2", "rank 4", "rank 8", "rank 16", "rank 32"), BLUE, "-o"),
+    "full steps, 8 bits": (("rank 8, int8", "rank 16, int8", "rank 32, int8"), AMBER, "-s"),
+    "full steps, 4 bits": (("rank 8, int4", "rank 16, int4", "rank 32, int4", "rank 64, int4"), GREEN, "-v"),
+    "P in 4 bits, Q in 8": (("rank 32, P int4, Q int8",), PURPLE, "D"),
+    "automatic rank": (("auto",), BLACK, "h"),
+    "automatic rank, 8 bits": (("auto, int8",), BLACK, "s"),
+    "automatic rank, 4 bits": (("auto, int4",), BLACK, "v"),
+    "bfloat16 all-reduce": (("bfloat16 all-reduce",), BLACK, "D"),
     "alternating": (("alternating, rank 2", "alternating, rank 4"), ORANGE, "--s"),
     "embeddings and head whole": (("rank 2, ends whole", "rank 4, ends whole"), SKY, ":D"),
     "rank 2, first tenth exact": (("rank 2, first tenth exact",), GREEN, "^"),
@@ -39,6 +59,12 @@ LINES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "rank 2, no warm start": (("rank 2, no warm start",), GREY, "v"),
     "rank 2, no error feedback": (("rank 2, no error feedback",), GREY, "X"),
 }
+
+# Sends nothing, and so has no place on an axis of bytes but is a line across it.
+ALONE = "one process alone"
+
+# A panel with fewer points than this says no more than its table.
+FEWEST_POINTS = 3
 
 
 @dataclass(frozen=True)
@@ -132,6 +158,9 @@ def plot(axes: Axes, task: Task, runs: list[dict[str, Any]]) -> None:
     """Draw a task's metric against the bytes."""
     outcomes = summarise(task, runs)
     ddp = outcomes["DDP"]
+    alone = outcomes.get(ALONE)
+    if alone is not None and math.isfinite(alone.mean):
+        axes.axhline(alone.mean, color=GREY, linestyle="--", label=ALONE)
     near = 1 / abs(task.lost(ddp.mean + 1, ddp.mean))
     axes.axhspan(ddp.mean - near, ddp.mean + near, color=GREEN, alpha=0.12, lw=0, label="near enough: 0.3 points, 1 %")
     axes.axvspan(0, ddp.bytes_per_step / 100, color=GREY, alpha=0.12, lw=0, label="99 % saved and more")
@@ -172,7 +201,12 @@ def point(axes: Axes, outcomes: list[Outcome], colour: str, style: str, label: s
 
 
 def draw_accuracy(runs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Draw what each task learnt against what it sent."""
+    """Draw what each task learnt against what it sent, where there is enough to draw."""
+    points = {
+        name: sum(math.isfinite(o.mean) for o in summarise(TASKS[name], lines).values()) - 1
+        for name, lines in runs.items()
+    }
+    runs = {name: lines for name, lines in runs.items() if points[name] >= FEWEST_POINTS} or runs
     columns = min(2, len(runs))
     rows = math.ceil(len(runs) / columns)
     figure = Figure(figsize=(6.2 * columns, 4.4 * rows + 0.8), layout="constrained")

@@ -73,17 +73,20 @@ class Contestant:
         family: which kind it is.
         rank: of PowerSGD or PowerGossip; 0 for the others.
         error_dtype: of the error buffers, for this package's.
+        comm_dtype: of its factors on the wire.
     """
 
     family: Family
     rank: int = 0
     error_dtype: torch.dtype | None = None
+    comm_dtype: str | None = None
 
     @property
     def family_name(self) -> str:
         """The family's name in tables."""
         name = f"PowerSGD {self.family}" if self.family in OURS else self.family
-        return name + (f", {str(self.error_dtype).removeprefix('torch.')} errors" if self.error_dtype else "")
+        name += f", {str(self.error_dtype).removeprefix('torch.')} errors" if self.error_dtype else ""
+        return name + (f", {self.comm_dtype}" if self.comm_dtype else "")
 
     @property
     def name(self) -> str:
@@ -124,7 +127,12 @@ class Contestant:
         """Give this package's settings."""
         from lightning_powersgd import PowerSGDConfig
 
-        return PowerSGDConfig(rank=self.rank, alternate=self.family == "alternating", error_dtype=self.error_dtype)
+        return PowerSGDConfig(
+            rank=self.rank,
+            alternate=self.family == "alternating",
+            error_dtype=self.error_dtype,
+            comm_dtype=self.comm_dtype,
+        )
 
 
 NO_EXCHANGE = Contestant("no exchange")

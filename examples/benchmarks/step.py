@@ -13,6 +13,7 @@ between two ranks. No contestant takes an optimizer's step.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 import common
@@ -131,12 +132,17 @@ def _draw_link(axes: Axes, measured: Measurement) -> None:
             color, line, _ = STYLES[contestant.family]
             ratio = measured.ratio(contestant, NO_EXCHANGE).median
             axes.axhline(ratio, color=color, linestyle=line, label=contestant.name)
-    for family in (*POWERSGD, "PowerGossip"):
-        color, line, marker = STYLES[family]
-        present = sorted(contestant.rank for contestant in measured.seconds if contestant.family == family)
-        ratios = [measured.ratio(Contestant(family, rank), NO_EXCHANGE) for rank in present]
+    curves: dict[Contestant, list[Contestant]] = {}
+    for contestant in measured.seconds:
+        if contestant.rank:
+            curves.setdefault(replace(contestant, rank=0), []).append(contestant)
+    for curve, contestants in curves.items():
+        color, line, marker = STYLES[curve.family]
+        line = ":" if curve.comm_dtype else line
+        present = [contestant.rank for contestant in contestants]
+        ratios = [measured.ratio(contestant, NO_EXCHANGE) for contestant in contestants]
         errors = [[r.median - r.low for r in ratios], [r.high - r.median for r in ratios]]
-        label = Contestant(family).family_name
+        label = curve.family_name
         axes.errorbar(
             present,
             [r.median for r in ratios],
@@ -165,6 +171,13 @@ def main() -> None:
     parser.add_argument(
         "--gossip-ranks", type=positive, nargs="+", default=[1, 2], help="PowerGossip's ranks, on a ring"
     )
+    parser.add_argument(
+        "--comm-dtype",
+        choices=("bfloat16", "int8", "int4"),
+        nargs="*",
+        default=["int8"],
+        help="of factors on the wire: full steps are timed with each, beside the gradient's own dtype",
+    )
     parser.add_argument("--link", choices=tuple(LINKS), nargs="+", default=["loopback"], help="one or several")
     parser.add_argument("--repeats", type=positive, help=f"rounds; by default {REPEATS}")
     arguments = common.parse(parser, quick={"model": "tiny", "ranks": [2], "gossip_ranks": [2], "repeats": 3})
@@ -174,6 +187,7 @@ def main() -> None:
     contestants = [
         *REFERENCES,
         *powersgd_contestants(arguments.ranks),
+        *(Contestant("full", rank, comm_dtype=dtype) for dtype in arguments.comm_dtype for rank in arguments.ranks),
         *gossip_contestants(arguments.gossip_ranks),
     ]
     results, remarks = over_links(

@@ -47,7 +47,8 @@ class PowerSGDState:
         arrival: names in the order in which a step makes their gradients; ``None``: the last registered first.
 
     Attributes:
-        config: the settings.
+        config: the settings in use.
+        given: the settings that were given, of which `configure` and a loaded state may have filled in the ranks.
         plan: which parameter is compressed, and how.
         parameters: the trainable parameters by name.
         errors: error buffers by name; empty without error feedback.
@@ -82,7 +83,7 @@ class PowerSGDState:
         named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
         order = None if arrival is None else list(arrival)
         self._make_plan = partial(make_plan, named, group_bytes=group_bytes, arrival=order)
-        self.config = config
+        self.given = self.config = config
         self.plan: Plan = self._make_plan(config)
         self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         self._frozen = {name: tuple(parameter.shape) for name, parameter in named if not parameter.requires_grad}
@@ -349,7 +350,7 @@ class PowerSGDState:
                     f"The PowerSGD state was saved for {name!r} of shape {found}, but the model's has shape {shape}."
                     " Resume with the model that was saved, or delete the checkpoint's 'powersgd' entry."
                 )
-        config = as_saved(self.config, state["settings"])
+        config = as_saved(self.given, state["settings"])
         if config != self.config:
             self.configure(config)
         self.step = state["step"]

@@ -220,10 +220,10 @@ class PowerSGDStrategy(SharedLifecycle):
         # Lightning registers hooks on CUDA only, and says nothing elsewhere.
         assert isinstance(self.model, DistributedDataParallel)
         previous = self._exchange
-        config = self.config if previous is None else previous.state.config
-        self._exchange = attach_powersgd(self.model, config, self._find_scaler(), guard_layouts=False)
+        self._exchange = attach_powersgd(self.model, self.config, self._find_scaler(), guard_layouts=False)
         if previous is not None:
-            # What a parameter that is frozen now had is kept as a checkpoint would keep it, but on each rank its own.
+            # Its ranks stay. What a parameter that is frozen now had is kept as a checkpoint would keep it, but on each
+            # rank its own.
             self._exchange.load_state_dict(previous.state.state_dict())
             self._exchange.state.exact = previous.state.exact
             previous.retire()

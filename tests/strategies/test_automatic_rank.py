@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from models import Classifier, learnable, loader, messages, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -157,6 +157,15 @@ def _plain_then_ours(root: Path) -> tuple[Outcome, ...]:
     saver = ModelCheckpoint(root, filename="three", every_n_train_steps=3, save_top_k=-1)
     plain = fit(root, "ddp", max_steps=400, enable_checkpointing=True, callbacks=[saver])
     return plain, fit(root, ckpt_path=root / "three.ckpt", max_steps=400)
+
+
+def _after_a_search(root: Path) -> Outcome:
+    return fit(root, callbacks=[LearningRateFinder(num_training_steps=5)], max_steps=400)
+
+
+def test_a_search_for_the_learning_rate_does_not_count_as_the_training(two_ranks, tmp_path):
+    first, _ = two_ranks.run(_after_a_search, tmp_path)
+    assert first.turnaround == 20
 
 
 class Unfreeze(Callback):
