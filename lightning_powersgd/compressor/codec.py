@@ -34,7 +34,7 @@ _ROOM = {8: 5.0, 4: 3.0}
 _PROFILE_STEP = 0.2
 _LEAST_PROFILE = 1e-3
 
-# A sum of all ranks' integers must fit into the field of one. Where that leaves each rank fewer levels than this on
+# A sum of all ranks' integers must fit into the field of one. Where that leaves each of them fewer levels than this on
 # either side of zero, factors are added in float32 instead, on one rank for each part of them.
 _FEWEST_LEVELS = 31
 
@@ -130,8 +130,8 @@ def sums_fit(bits: int, world_size: int) -> bool:
 
 
 def most_levels(bits: int, world_size: int) -> int:
-    """Give the largest integer that a rank may send."""
-    return _largest(bits) // world_size if sums_fit(bits, world_size) else _largest(bits)
+    """Give the largest integer that a rank may send. Two ranks exchange theirs, and no sum has to fit."""
+    return _largest(bits) // world_size if world_size > 2 and sums_fit(bits, world_size) else _largest(bits)
 
 
 def updated_profile(profile: Tensor, factor: Tensor, magnitude: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 Integers are summed exactly, in any order, so all ranks receive the same. How depends on their number W:
 
+- Two ranks gather each other's integers, which sends as much as an all-reduce, and add them.
 - While a field of 8 bits has room for the sum of W ranks' levels, an all-reduce adds them.
 - Otherwise in two hops, as an all-reduce does inside: each rank receives one W-th of everybody's integers, adds them,
   rounds the average to integers again, and all gather these. What the second rounding leaves out is taken off that
@@ -55,7 +56,9 @@ class IntegerWire(Wire):
 
     def __init__(self, wires: Wires, length: int, bits: Sequence[int]) -> None:
         super().__init__(wires, length, torch.float32)
-        self._in_one_hop = all(sums_fit(each, wires.world_size) for each in bits) or wires.world_size == 1
+        world_size = wires.world_size
+        self._gathers = world_size == 2
+        self._sums = world_size == 1 or all(sums_fit(each, world_size) for each in bits)
         self._segments: list[_Segment] = []
         # Of the segments that are factors: views of each, and the flags that tell whether it was finite.
         self._factors: list[Tensor] = []
@@ -93,13 +96,13 @@ class IntegerWire(Wire):
         if not self._wires.encodes:
             self._payload = payload
             super().send(payload.bfloat16())
-        elif self._in_one_hop:
+        elif self._gathers:
+            self._in_flight = self._wires.all_gather(self._packed(rows=1).flatten())
+        elif self._sums:
             levels = torch.cat([segment.part for segment in self._segments])
             super().send(levels.to(torch.int8))
         else:
-            rows = [self._in_rows(segment) for segment in self._segments]
-            outgoing = torch.cat([pack(row, s.bits) for row, s in zip(rows, self._segments, strict=True)], dim=1)
-            self._in_flight = self._wires.all_to_all(outgoing)
+            self._in_flight = self._wires.all_to_all(self._packed(self._wires.world_size))
 
     @override
     def receive(self) -> None:
@@ -114,12 +117,13 @@ class IntegerWire(Wire):
         if work is not None:
             work.wait()
         self._in_flight = None
-        if self._in_one_hop:
-            parts = torch.split(received, [segment.part.numel() for segment in self._segments])
-            for segment, part in zip(self._segments, parts, strict=True):
-                segment.part.copy_(part)
-                if not segment.is_flags:
-                    segment.part.div_(self._wires.world_size)
+        if self._gathers:
+            for segment, packed in zip(self._segments, self._split(received, rows=1), strict=True):
+                self._average(segment, unpack(packed, segment.bits).sum(dim=0))
+        elif self._sums:
+            totals = torch.split(received, [segment.part.numel() for segment in self._segments])
+            for segment, total in zip(self._segments, totals, strict=True):
+                self._average(segment, total)
         else:
             self._second_hop(received)
         self._mark_spoilt()
@@ -134,7 +138,7 @@ class IntegerWire(Wire):
         world_size, rank = self._wires.world_size, dist.get_rank(self._wires.process_group)
         finer = refinement(world_size)
         mine = []
-        for segment, packed in zip(self._segments, self._split(received), strict=True):
+        for segment, packed in zip(self._segments, self._split(received, world_size), strict=True):
             total = unpack(packed, segment.bits).sum(dim=0)
             if segment.is_flags:
                 mine.append(pack((total > 0).float(), segment.bits))
@@ -148,8 +152,11 @@ class IntegerWire(Wire):
                 own = segment.own[begin : begin + len(levels)]
                 own.sub_((average - levels / finer)[: len(own)], alpha=world_size)
             mine.append(pack(levels, segment.bits))
-        everyones = self._wires.all_gather(torch.cat(mine))
-        for segment, packed in zip(self._segments, self._split(everyones), strict=True):
+        # Its bytes are counted with those of the first hop: both send as much as an all-reduce of the payload.
+        work, everyones = self._wires.all_gather(torch.cat(mine), counted=False)
+        if work is not None:
+            work.wait()
+        for segment, packed in zip(self._segments, self._split(everyones, world_size), strict=True):
             levels = unpack(packed, segment.bits).flatten()[: segment.part.numel()]
             segment.part.copy_(levels if segment.is_flags else levels / finer)
 
@@ -162,17 +169,26 @@ class IntegerWire(Wire):
             stains = torch.where(flags > 0, torch.nan, 0.0)
             torch._foreach_add_(self._factors, list(stains.unbind()))
 
-    def _in_rows(self, segment: _Segment) -> Tensor:
-        """Give a segment as (W, k), a row for each rank, with zeros at the end."""
-        columns = self._columns(segment)
-        rows = segment.part.new_zeros(self._wires.world_size * columns)
-        rows[: segment.part.numel()] = segment.part
-        return rows.view(self._wires.world_size, columns)
+    def _average(self, segment: _Segment, total: Tensor) -> None:
+        segment.part.copy_(total[: segment.part.numel()])
+        if not segment.is_flags:
+            segment.part.div_(self._wires.world_size)
 
-    def _columns(self, segment: _Segment) -> int:
-        each = -(-segment.part.numel() // self._wires.world_size)
-        return each + each % 2
+    def _packed(self, rows: int) -> Tensor:
+        """Give all segments as bytes, each of them cut into so many rows of one length, with zeros at the end."""
+        parts = []
+        for segment in self._segments:
+            padded = segment.part.new_zeros(rows * _columns(segment, rows))
+            padded[: segment.part.numel()] = segment.part
+            parts.append(pack(padded.view(rows, -1), segment.bits))
+        return torch.cat(parts, dim=1)
 
-    def _split(self, packed: Tensor) -> tuple[Tensor, ...]:
-        """Divide (W, bytes) by segments."""
-        return torch.split(packed, [self._columns(segment) * segment.bits // 8 for segment in self._segments], dim=1)
+    def _split(self, packed: Tensor, rows: int) -> tuple[Tensor, ...]:
+        """Divide what came of `_packed` by segments."""
+        return torch.split(packed, [_columns(segment, rows) * segment.bits // 8 for segment in self._segments], dim=1)
+
+
+def _columns(segment: _Segment, rows: int) -> int:
+    """Give the length of a segment's rows, even so that two numbers may share a byte."""
+    each = -(-segment.part.numel() // rows)
+    return each + each % 2

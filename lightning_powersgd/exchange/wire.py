@@ -62,20 +62,18 @@ class Wires:
         return work
 
     def all_to_all(self, outgoing: Tensor) -> tuple[Work | None, Tensor]:
-        """Send the w-th row of a payload to rank w, asynchronously; what comes instead is in the rows of the result.
-
-        Its bytes are counted for `all_gather` as well, which follows with a row of that length: together they send what
-        an all-reduce of the payload would.
-        """
+        """Send the w-th row of a payload to rank w, asynchronously; what comes instead is in the rows of the result."""
         self.sent_bytes += outgoing.nbytes
         incoming = torch.empty_like(outgoing)
         return dist.all_to_all_single(incoming, outgoing, group=self.process_group, async_op=True), incoming
 
-    def all_gather(self, mine: Tensor) -> Tensor:
-        """Give the flat payloads of all ranks, in their rows."""
+    def all_gather(self, mine: Tensor, *, counted: bool = True) -> tuple[Work | None, Tensor]:
+        """Give the flat payloads of all ranks, in their rows, asynchronously."""
+        if counted:
+            self.sent_bytes += mine.nbytes
         everyones = mine.new_empty(self.world_size * mine.numel())
-        dist.all_gather_into_tensor(everyones, mine, group=self.process_group)
-        return everyones.view(self.world_size, -1)
+        work = dist.all_gather_into_tensor(everyones, mine, group=self.process_group, async_op=True)
+        return work, everyones.view(self.world_size, -1)
 
     def receive(self) -> Tensor:
         """Wait for all that is on its way.
