@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from decentralized import SortedShards
 from image_classification import ImageClassifier, ImageDataModule
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from resnet import resnet18
 from text_transformer import ByteTransformer, TextDataModule
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch import Tensor
 
 from lightning_powersgd import PowerGossipStrategy, PowerSGDStrategy
 
@@ -69,7 +71,14 @@ class HalfWidth(DDPStrategy):
 
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on GPUs only.
-        self.model.register_comm_hook(None, bf16_compress_hook)
+        self.model.register_comm_hook(None, _in_bfloat16)
+
+
+def _in_bfloat16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket in bfloat16, as PyTorch's `bf16_compress_hook` does, which asks for NCCL."""
+    wire = (bucket.buffer() / dist.get_world_size()).bfloat16()
+    future = dist.all_reduce(wire, async_op=True).get_future()
+    return future.then(lambda _: bucket.buffer().copy_(wire))
 
 
 class Alone(PowerGossipStrategy):

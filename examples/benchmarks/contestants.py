@@ -333,7 +333,7 @@ def _warmed_up(contestant: Contestant, module: nn.Module, batches: Sequence[Tens
         step(batch)
         step.module.zero_grad()
     gossiped = step.gossip.total_sent_bytes if step.gossip else 0
-    with _counted_all_reduces() as sent:
+    with _counted_collectives() as sent:
         for batch in batches[-2:]:
             step(batch)
             step.module.zero_grad()
@@ -347,15 +347,19 @@ def _warmed_up(contestant: Contestant, module: nn.Module, batches: Sequence[Tens
 
 
 @contextlib.contextmanager
-def _counted_all_reduces() -> Iterator[list[int]]:
-    """Collect the bytes of each all-reduce that is not DDP's own."""
+def _counted_collectives() -> Iterator[list[int]]:
+    """Collect the bytes of each collective that is not DDP's own, of those that average gradients."""
     sent: list[int] = []
-    all_reduce = dist.all_reduce
 
-    def counting(tensor: Tensor, *args: object, **kwargs: object) -> object:
-        if tensor.nbytes:  # PyTorch's hook sends an empty tensor where nothing travels whole
-            sent.append(tensor.nbytes)
-        return all_reduce(tensor, *args, **kwargs)
+    def counting(name: str, position: int) -> contextlib.AbstractContextManager[object]:
+        collective = getattr(dist, name)
 
-    with mock.patch.object(dist, "all_reduce", counting):
+        def counted(*args: Tensor, **kwargs: object) -> object:
+            if args[position].nbytes:  # PyTorch's hook sends an empty tensor where nothing travels whole
+                sent.append(args[position].nbytes)
+            return collective(*args, **kwargs)
+
+        return mock.patch.object(dist, name, counted)
+
+    with counting("all_reduce", 0), counting("all_gather_into_tensor", 1), counting("all_to_all_single", 1):
         yield sent

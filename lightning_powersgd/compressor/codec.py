@@ -31,8 +31,11 @@ _FIRST_MAGNITUDE = 2.0**4
 _ROOM = {8: 5.0, 4: 3.0}
 
 # How much a step changes the profile, and how small a square it may give an entry, which may be larger in the next.
-_PROFILE_STEP = 0.2
+PROFILE_STEP = 0.2
 _LEAST_PROFILE = 1e-3
+
+# Taken for the magnitude of a row that has none, so that its zeros can be divided by it.
+_TINY = 1e-30
 
 # A sum of all ranks' integers must fit into the field of one. Where that leaves each of them fewer levels than this on
 # either side of zero, factors are added in float32 instead, on one rank for each part of them.
@@ -134,19 +137,14 @@ def most_levels(bits: int, world_size: int) -> int:
     return _largest(bits) // world_size if world_size > 2 and sums_fit(bits, world_size) else _largest(bits)
 
 
-def updated_profile(profile: Tensor, factor: Tensor, magnitude: Tensor) -> Tensor:
-    """Give the running mean of a factor's squares, in units of their mean in each row.
+def profile_of(factor: Tensor, magnitude: Tensor) -> Tensor:
+    """Give the mean over its rows of a factor's squares, (1, k), in units of their mean in each row.
 
     Args:
-        profile: (1, k), before; zeros where nothing is known.
         factor: (r, k).
-        magnitude: (r, 1), the root mean square of its rows.
+        magnitude: (r, 1), the root mean square of its rows. One of zeros counts as it is.
     """
-    there = magnitude > 0
-    squares = (factor / torch.where(there, magnitude, 1.0)).square()
-    now = squares.sum(dim=0, keepdim=True) / there.sum().clamp_min(1)
-    updated = torch.where(profile > 0, torch.lerp(profile, now, _PROFILE_STEP), now)
-    return torch.where(there.any(), updated, profile)
+    return (factor / magnitude.clamp_min(_TINY)).square_().mean(dim=0, keepdim=True)
 
 
 def integer_gain(magnitude: Tensor, profile: Tensor, bits: int, world_size: int) -> Tensor:
@@ -156,7 +154,7 @@ def integer_gain(magnitude: Tensor, profile: Tensor, bits: int, world_size: int)
 
     Args:
         magnitude: (r, 1), the root mean square of each row of the averaged factor.
-        profile: (1, k), the mean square of its entries, in units of the rows' (see `updated_profile`).
+        profile: (1, k), proportional to the mean squares of its entries (see `profile_of`).
         bits: of an integer.
         world_size: W.
 
@@ -164,9 +162,10 @@ def integer_gain(magnitude: Tensor, profile: Tensor, bits: int, world_size: int)
         (r, k), float32.
     """
     room = _ROOM[bits] * math.sqrt(world_size)
-    # A row that has never had a gradient has no magnitude.
-    rows = (most_levels(bits, world_size) / room) / magnitude.float().clamp_min(1e-30)
-    return rows * profile.clamp_min(_LEAST_PROFILE).rsqrt()
+    rows = (most_levels(bits, world_size) / room) / magnitude.clamp_min(_TINY)
+    # Its mean falls while there is no gradient, and only its shape counts.
+    shape = profile / profile.mean().clamp_min(_TINY)
+    return rows * shape.clamp_min_(_LEAST_PROFILE).rsqrt_()
 
 
 def refinement(world_size: int) -> float:

@@ -29,7 +29,7 @@ from lightning_powersgd.compressor.checkpoint import (
     rescaled_entry,
     with_tensors,
 )
-from lightning_powersgd.compressor.codec import Format, saturated, updated_profile
+from lightning_powersgd.compressor.codec import PROFILE_STEP, Format, profile_of, saturated
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.parameters import common_device, parameter_name
 from lightning_powersgd.compressor.passes import assign
@@ -213,8 +213,8 @@ class PowerSGDState:
             found = self._format(name, side).magnitude(factor)
             assign(magnitude, torch.where(found > 0, found, magnitude), keep)
             if name in self.profiles:
-                profile = self.profiles[name][side]
-                assign(profile, updated_profile(profile, factor, found), keep)
+                profile, now = self.profiles[name][side], profile_of(factor, found)
+                assign(profile, torch.lerp(profile, now, PROFILE_STEP), keep)
 
     @property
     def encodes(self) -> bool:

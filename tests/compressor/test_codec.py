@@ -9,15 +9,16 @@ import torch
 
 from lightning_powersgd import PowerSGDConfig, make_plan
 from lightning_powersgd.compressor.codec import (
+    PROFILE_STEP,
     format_of,
     integer_gain,
     most_levels,
     pack,
+    profile_of,
     refinement,
     sums_fit,
     to_levels,
     unpack,
-    updated_profile,
 )
 
 
@@ -75,7 +76,7 @@ def test_what_is_rounded_off_is_small_beside_a_gaussian_factor(bits, world_size)
     for _ in range(30):
         # As in steps before, with other noise.
         before = scale * torch.randn(3, 4000, generator=generator)
-        profile = updated_profile(profile, before, format_of(f"int{bits}").magnitude(before))
+        profile = torch.lerp(profile, profile_of(before, format_of(f"int{bits}").magnitude(before)), PROFILE_STEP)
     gain = integer_gain(magnitude, profile, bits, world_size)
     total = torch.zeros_like(mean)
     for factor in own:
@@ -99,14 +100,18 @@ def test_a_row_without_a_magnitude_stays_zero():
     assert torch.equal(torch.zeros(2, 5) * gain, torch.zeros(2, 5))
 
 
-def test_a_profile_is_a_running_mean_that_waits_while_there_is_nothing():
+def test_a_profile_is_the_mean_of_the_rows_squares():
     factor = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    magnitude = format_of("int8").magnitude(factor)
-    first = updated_profile(torch.zeros(1, 2), factor, magnitude)
-    assert torch.allclose(first, torch.tensor([[9.0, 16.0]]) / 12.5)
-    assert torch.equal(updated_profile(first, torch.zeros(2, 2), torch.zeros(2, 1)), first)
-    second = updated_profile(first, factor.flip(1), magnitude)
-    assert torch.allclose(second, 0.8 * first + 0.2 * first.flip(1))
+    profile = profile_of(factor, format_of("int8").magnitude(factor))
+    assert torch.allclose(profile, torch.tensor([[9.0, 16.0]]) / 12.5 / 2)
+    assert torch.equal(profile_of(torch.zeros(2, 2), torch.zeros(2, 1)), torch.zeros(1, 2))
+
+
+def test_of_a_profile_only_the_shape_counts():
+    magnitude, profile = torch.tensor([[2.0]]), torch.tensor([[1.0, 4.0, 0.0]])
+    gain = integer_gain(magnitude, profile, 8, 2)
+    assert torch.allclose(integer_gain(magnitude, profile * 1e-12, 8, 2), gain)
+    assert gain[0, 0] == 2 * gain[0, 1] < gain[0, 2] < math.inf
 
 
 def test_magnitudes_are_root_mean_squares_for_integers_and_largest_entries_for_float16():
