@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from decentralized import SortedShards
 from image_classification import ImageClassifier, ImageDataModule
@@ -15,7 +14,6 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from resnet import resnet18
 from text_transformer import ByteTransformer, TextDataModule
-from torch import Tensor
 
 from lightning_powersgd import PowerGossipStrategy, PowerSGDStrategy
 
@@ -74,7 +72,7 @@ class HalfWidth(DDPStrategy):
         self.model.register_comm_hook(None, _in_bfloat16)
 
 
-def _in_bfloat16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _in_bfloat16(_, bucket):  # DDP would check annotations, and knows none that are postponed
     """Average a bucket in bfloat16, as PyTorch's `bf16_compress_hook` does, which asks for NCCL."""
     wire = (bucket.buffer() / dist.get_world_size()).bfloat16()
     future = dist.all_reduce(wire, async_op=True).get_future()
