@@ -232,7 +232,7 @@ def support_bytes(state: PowerSGDState) -> int:
 
 def _memory(module: nn.Module, state: PowerSGDState) -> tuple[Tensor, Tensor]:
     errors = [state.errors.get(name, torch.zeros_like(p)) for name, p in module.named_parameters()]
-    kinds = [state.factors.values(), state.magnitudes.values(), state.profiles.values()]
+    kinds = [state.factors.values(), state.scales.magnitudes.values(), state.scales.profiles.values()]
     factors = [tensor for kind in kinds for sides in kind for tensor in sides.values()]
     return _row(errors) / state.loss_scale, _row(factors)
 

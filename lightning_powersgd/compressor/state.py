@@ -29,11 +29,12 @@ from lightning_powersgd.compressor.checkpoint import (
     rescaled_entry,
     with_tensors,
 )
-from lightning_powersgd.compressor.codec import PROFILE_STEP, Format, profile_of, saturated
+from lightning_powersgd.compressor.codec import saturated
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.parameters import common_device, parameter_name
 from lightning_powersgd.compressor.passes import assign
 from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, SIDES, Plan, Side, Slot, make_plan, other_side
+from lightning_powersgd.compressor.scales import Scales
 from lightning_powersgd.compressor.verdict import Verdict
 
 
@@ -53,10 +54,7 @@ class PowerSGDState:
         parameters: the trainable parameters by name.
         errors: error buffers by name; empty without error feedback.
         factors: by name, the factors held for the next step, by side.
-        magnitudes: by name and side, of the rows of the last averaged factor, (r, 1) (see `codec`); only of factors
-            that travel with a gain.
-        profiles: by name and side, of the last averaged factors, (1, n) or (1, m) (see `codec`); only of factors that
-            travel as integers.
+        scales: the sizes of factors that travel with a gain.
         drawn: by name, the sides of factors that hold a row as it was drawn, not yet computed from gradients; only of
             alternating steps, since a full step holds nothing but what it makes of such a row.
         loss_scale: that the gradients were multiplied by from which errors and magnitudes came, a scalar.
@@ -98,9 +96,6 @@ class PowerSGDState:
         # What a device will have answered when the next step begins: whether the last one was kept, and which of its
         # factors hold nothing drawn any more.
         self._verdict: Verdict | None = None
-        # Sides with rows whose magnitudes are not known, and whether they will be, in the order of the sides.
-        self._unknown: set[Side] = set()
-        self._learning: Verdict | None = None
         self._asked: list[tuple[str, Side, Tensor]] = []
         self.dense_bytes = 0
         self.sent_bytes = 0
@@ -108,8 +103,6 @@ class PowerSGDState:
         self.total_sent_bytes = 0
         self.errors: dict[str, Tensor] = {}
         self.factors: dict[str, dict[Side, Tensor]] = {}
-        self.magnitudes: dict[str, dict[Side, Tensor]] = {}
-        self.profiles: dict[str, dict[Side, Tensor]] = {}
         self.drawn: dict[str, set[Side]] = {}
         self.loss_scale = torch.ones((), device=self.device)
         self._make_buffers()
@@ -132,31 +125,12 @@ class PowerSGDState:
         """
         self.plan = self._make_plan(config)
         self.config = config
-        for buffers in (self.errors, self.factors, self.magnitudes, self.profiles, self.drawn):
+        for buffers in (self.errors, self.factors, self.drawn):
             buffers.clear()
         self._make_buffers()
 
-    def _format(self, name: str, side: Side) -> Format:
-        return self._formats[name][SIDES.index(side)]
-
-    def _know_magnitudes(self) -> None:
-        """Look which sides have rows whose magnitudes are not known, so that factors cannot travel as integers."""
-        self._learning = None
-        self._unknown = {side for side in SIDES if not all((both[side] > 0).all() for both in self.magnitudes.values())}
-
-    def _learn_magnitudes(self) -> None:
-        """Take the largest magnitude of all for that of rows which had nothing in the first step."""
-        answers = []
-        for side in SIDES:
-            magnitudes = [both[side] for both in self.magnitudes.values()]
-            largest = torch.stack([magnitude.max() for magnitude in magnitudes]).max()
-            for magnitude in magnitudes:
-                magnitude.copy_(torch.where(magnitude > 0, magnitude, largest))
-            answers.append(largest > 0)
-        self._learning = Verdict(torch.stack(answers))
-
     def _make_buffers(self) -> None:
-        self._formats = {slot.name: slot.formats for slot in self.plan.compressed}
+        self.scales = Scales(self.plan.compressed, self.device)
         for group in self.plan.groups:
             for slot in group.compressed:
                 if self.config.error_feedback:
@@ -167,16 +141,6 @@ class PowerSGDState:
                     for side in (SIDES if self.config.alternate else SIDES[1:])
                 }
                 self.drawn[slot.name] = set(SIDES if self.config.alternate else ())
-                if slot.formats[0].scaled:
-                    self.magnitudes[slot.name] = {
-                        side: torch.full((slot.rank, 1), slot.format(side).first_magnitude, device=self.device)
-                        for side in SIDES
-                    }
-                if slot.formats[0].integer:
-                    self.profiles[slot.name] = {
-                        side: torch.zeros(1, slot.length(side), device=self.device) for side in SIDES
-                    }
-        self._know_magnitudes()
 
     def first_factor(self, slot: Slot, side: Side) -> Tensor:
         """Draw a random factor on the CPU from the seed and the parameter's name (and, without warm start, the step).
@@ -208,22 +172,12 @@ class PowerSGDState:
             assign(kept, normalize_rows(factor, fallback=kept), keep)
             if side in self.drawn[name] and self.config.warm_start:
                 self._asked.append((name, side, factor.any(dim=1).all() & keep))
-        if name in self.magnitudes:
-            magnitude = self.magnitudes[name][side]
-            found = self._format(name, side).magnitude(factor)
-            assign(magnitude, torch.where(found > 0, found, magnitude), keep)
-            if name in self.profiles:
-                profile, now = self.profiles[name][side], profile_of(factor, found)
-                assign(profile, torch.lerp(profile, now, PROFILE_STEP), keep)
+        self.scales.keep(name, side, factor, keep)
 
     @property
     def encodes(self) -> bool:
         """Whether the factors of the next compressed step can travel as integers, if they are to."""
-        if self._learning is not None:
-            answers, self._learning = self._learning.tolist(), None
-            self._unknown = {side for side, known in zip(SIDES, answers, strict=True) if not known}
-        sides = {other_side(self.held)} if self.config.alternate else set(SIDES)
-        return not sides & self._unknown
+        return self.scales.known((other_side(self.held),) if self.config.alternate else SIDES)
 
     def rescale(self, name: str, ratio: Tensor) -> None:
         """Let what a parameter has kept refer to another loss scale.
@@ -235,12 +189,7 @@ class PowerSGDState:
         if name in self.errors:
             saturated(self.errors[name].mul_(ratio), self.errors[name].dtype)
         for side in SIDES:
-            self.rescale_magnitude(name, side, ratio)
-
-    def rescale_magnitude(self, name: str, side: Side, ratio: Tensor) -> None:
-        """Let the magnitudes of one factor's rows refer to another loss scale (see `rescale`)."""
-        if name in self.magnitudes:
-            self.magnitudes[name][side].mul_(ratio)
+            self.scales.rescale(name, side, ratio)
 
     def unscale(self) -> None:
         """Let what was loaded refer to a loss that is not scaled, before the first step with it."""
@@ -293,8 +242,7 @@ class PowerSGDState:
         """
         if kept is not False:  # or not yet known
             self.averaged = False
-        if self._unknown:
-            self._learn_magnitudes()
+        self.scales.learn()
         if self.config.alternate:
             answers = [torch.as_tensor(kept, device=self.device), *(whole for _, _, whole in self._asked)]
             self._verdict = Verdict(torch.stack(answers))
@@ -373,10 +321,10 @@ class PowerSGDState:
         ]
         for slot in self.plan.compressed:
             name, entry = slot.name, saved.get(slot.name)
-            scales = (self.magnitudes.get(name, {}), self.profiles.get(name, {}))
+            scales = (self.scales.magnitudes.get(name, {}), self.scales.profiles.get(name, {}))
             error, drawn = self.errors.get(name), self.drawn[name]
             dropped += load_entry(slot, entry, self.factors[name], *scales, error, drawn, self.held)
-        self._know_magnitudes()
+        self.scales.look()
         return dropped
 
     def residual_norms(self, projections: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -403,14 +351,14 @@ class PowerSGDState:
 
         self.errors = with_tensors(self.errors, move)
         self.factors = with_tensors(self.factors, move)
-        self.magnitudes = with_tensors(self.magnitudes, move)
-        self.profiles = with_tensors(self.profiles, move)
+        self.scales.magnitudes = with_tensors(self.scales.magnitudes, move)
+        self.scales.profiles = with_tensors(self.scales.profiles, move)
         self._waiting = {name: with_tensors(entry, move) for name, entry in self._waiting.items()}
 
     def _slot_entry(self, slot: Slot, error_feedback: bool) -> dict[str, Any]:
         error = self.errors.get(slot.name) if error_feedback else None
         name = slot.name
-        scales = (self.magnitudes.get(name, {}), self.profiles.get(name, {}))
+        scales = (self.scales.magnitudes.get(name, {}), self.scales.profiles.get(name, {}))
         return make_entry(slot, self.factors[name], *scales, error, self.drawn[name])
 
     def _waiting_entry(self, entry: Mapping[str, Any], error_feedback: bool) -> dict[str, Any]:

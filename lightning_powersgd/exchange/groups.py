@@ -262,7 +262,7 @@ class CompressedGroup(_Group):
         device = self._wire.flat.device
         ratio, kept = (torch.as_tensor(value, device=device) for value in (self._loss_scale.ratio, keep))
         if self._alternate:
-            self._state.rescale_magnitude(name, other_side(self._sent), torch.where(kept, ratio, 1.0))
+            self._state.scales.rescale(name, other_side(self._sent), torch.where(kept, ratio, 1.0))
         if self._reached is not None and keep is not True:
             self._state.rescale(name, torch.where(finite & (self._flags[name] == 0), ratio, 1.0))
 

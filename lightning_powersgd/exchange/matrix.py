@@ -48,12 +48,7 @@ class Matrix:
             encodes: whether the factors' magnitudes are known.
         """
         self._scale = scale
-        magnitudes = self._state.magnitudes.get(self._slot.name, {}) if encodes else {}
-        profiles = self._state.profiles.get(self._slot.name, {})
-        self._gains = {
-            side: self._slot.format(side).gain(magnitude * scale, profiles.get(side), self._world_size)
-            for side, magnitude in magnitudes.items()
-        }
+        self._gains = self._state.scales.gains(self._slot, scale, self._world_size) if encodes else {}
         slot, error = self._slot, self._state.errors.get(self._slot.name)
         self._gradient = as_matrix(gradient, slot.order, slot.split)
         self._error = None if error is None else as_matrix(error, slot.order, slot.split)

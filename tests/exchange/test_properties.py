@@ -232,7 +232,7 @@ def contents(state: PowerSGDState) -> dict[str, Any]:
     found |= {name: getattr(state, name) for name in ("step", "total_dense_bytes", "total_sent_bytes")}
     for name, error in state.errors.items():
         found[f"error of {name}"] = (error.dtype, error.tolist())
-    for kind in (state.factors, state.magnitudes, state.profiles):
+    for kind in (state.factors, state.scales.magnitudes, state.scales.profiles):
         for name, sides in kind.items():
             found |= {f"{side} of {name}, {t.shape}": (t.dtype, t.tolist()) for side, t in sides.items()}
     return found
