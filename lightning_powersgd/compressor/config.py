@@ -21,16 +21,15 @@ class PowerSGDConfig:
 
     Args:
         rank: columns kept of each factor. Higher: better approximation, but more bytes and more arithmetic, both in
-            proportion. ``"auto"`` gives each matrix as many as the length of the training asks for (see
-            ``turnaround``). A mapping gives parameter-name patterns (``fnmatch``) a rank of their own: the first match
+            proportion. ``"auto"`` keeps as many as the length of the training asks for (see ``turnaround``). A mapping gives parameter-name patterns (``fnmatch``) a rank of their own: the first match
             wins, 0 sends a parameter whole, ``"*"`` stands for the rest; a parameter that no pattern matches is sent
             whole.
-        turnaround: for ``rank="auto"``: steps within which each direction of a gradient has its turn; an (n, m) matrix
-            has rank ⌈min(n, m) / turnaround⌉, and twice that when alternating. Smaller: more accurate, for more bytes.
-            None is what the length of the training and its optimizers ask for (see `turnaround_for`), and 50 where
-            these are not known.
+        turnaround: for ``rank="auto"``: steps within which each direction of a gradient has its turn. The rank is
+            ⌈min(n, m) / turnaround⌉ for the matrix where min(n, m) is largest, and twice that when alternating.
+            Smaller: more accurate, for more bytes. None is what the length of the training and its optimizers ask for
+            (see `turnaround_for`), and 50 where these are not known.
         max_bytes: for ``rank="auto"``, instead of ``turnaround``: bytes that a rank may hand to collectives in a step.
-            The smallest turnaround is taken that fits.
+            The highest rank is taken that fits.
         start_step: synchronised backward passes that are averaged exactly before compression starts. Raise it if the
             loss jumps at the beginning of training, when gradients change direction fastest.
         min_compression_ratio: a matrix whose dense / sent ratio is below this is sent whole. Higher: fewer matrices are

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_powersgd.compressor.codec import Format, format_of
 from lightning_powersgd.compressor.config import AUTO, CommDtype, PowerSGDConfig, Rank
 from lightning_powersgd.compressor.parameters import parameter_name
-from lightning_powersgd.compressor.turnaround import DEFAULT_TURNAROUND, rank_for, smallest_turnaround
+from lightning_powersgd.compressor.turnaround import DEFAULT_TURNAROUND, largest_rank, rank_for
 from lightning_powersgd.compressor.view import matrix_order
 
 # Compressed gradients are a hundredth of their size, so a group may be as large as a default DDP bucket: smaller ones
@@ -234,9 +234,9 @@ def make_plan(
         closed.append(Group(whole, tuple(slot for slot in slots if slot.rank), formats=key[1]))
 
     trainable = {name: parameter for name, parameter in reversed(named) if parameter.requires_grad}
-    turnaround = _turnaround(trainable, config)
+    automatic_rank = _automatic_rank(trainable, config)
     for name in trainable if arrival is None else _complete(arrival, trainable):
-        slot = _make_slot(name, trainable[name], config, turnaround)
+        slot = _make_slot(name, trainable[name], config, automatic_rank)
         key = (slot.dtype, slot.formats)
         members = open_groups.setdefault(key, [])
         members.append(slot)
@@ -259,39 +259,38 @@ def _complete(arrival: Iterable[str], trainable: Mapping[str, Tensor]) -> list[s
     return list(names)
 
 
-def _turnaround(trainable: Mapping[str, Tensor], config: PowerSGDConfig) -> float:
-    """Give the turnaround that the automatic ranks follow from."""
+def _automatic_rank(trainable: Mapping[str, Tensor], config: PowerSGDConfig) -> int:
+    """Give the rank of all parameters that are to have an automatic one."""
+    automatic = [parameter for name, parameter in trainable.items() if _rank_of(name, config.rank) == AUTO]
+    directions = max((_directions(parameter) for parameter in automatic), default=1)
     if config.max_bytes is None:
-        return config.turnaround or DEFAULT_TURNAROUND
+        return rank_for(config.turnaround or DEFAULT_TURNAROUND, directions, alternate=config.alternate)
 
-    def sent_bytes(turnaround: float) -> float:
-        slots = (_make_slot(name, parameter, config, turnaround) for name, parameter in trainable.items())
+    def sent_bytes(rank: int) -> float:
+        slots = (_make_slot(name, parameter, config, rank) for name, parameter in trainable.items())
         return sum(slot.sent_bytes(alternate=config.alternate) for slot in slots)
 
-    automatic = [parameter for name, parameter in trainable.items() if _rank_of(name, config.rank) == AUTO]
-    shapes = [
-        (math.prod(parameter.shape[:split]), math.prod(parameter.shape[split:]))
-        for parameter in automatic
-        for _, split in _matrix_views(parameter)
-    ]
-    return smallest_turnaround(sent_bytes, config.max_bytes, map(min, shapes), alternate=config.alternate)
+    return largest_rank(sent_bytes, config.max_bytes, directions)
 
 
-def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig, turnaround: float) -> Slot:
+def _directions(parameter: Tensor) -> int:
+    """Give min(n, m) of the matrix that a parameter is compressed as; 1 of what is no matrix."""
+    shape, splits = parameter.shape, [split for _, split in _matrix_views(parameter)]
+    views = [(math.prod(shape[:split]), math.prod(shape[split:])) for split in splits]
+    return min(min(views, key=sum)) if views and parameter.is_floating_point() else 1
+
+
+def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig, automatic_rank: int) -> Slot:
     shape, dtype, given = tuple(parameter.shape), parameter.dtype, _rank_of(name, config.rank)
+    rank = automatic_rank if given == AUTO else given
     views = _matrix_views(parameter) if dtype.is_floating_point else []
     formats, alternate = _formats(dtype, config.comm_dtype), config.alternate
-    slots = [Slot(name, shape, dtype, 1, order, formats, split) for order, split in views]
-    if given == AUTO:
-        ranks = [rank_for(turnaround, slot.rows, slot.columns, alternate=alternate) for slot in slots]
-    else:
-        ranks = [given] * len(slots)
+    slots = [Slot(name, shape, dtype, rank, order, formats, split) for order, split in views]
     # Of several views, such as of experts' weights that are stacked in one tensor, the one that sends least.
-    slots = [replace(slot, rank=rank) for slot, rank in zip(slots, ranks, strict=True)]
-    slots.sort(key=lambda slot: (slot.rank * (slot.rows + slot.columns), slot.rows + slot.columns))
+    slots.sort(key=lambda slot: slot.rows + slot.columns)
     for slot in slots:
         worth_it = slot.dense_bytes >= config.min_compression_ratio * slot.sent_bytes(alternate=alternate)
-        if 0 < slot.rank < min(slot.rows, slot.columns) and worth_it:
+        if 0 < rank < min(slot.rows, slot.columns) and worth_it:
             return slot
     order, split = (slots[0].order, slots[0].split) if slots else ((), 1)
     return Slot(name, shape, dtype, 0, order, _formats(dtype, None), split)

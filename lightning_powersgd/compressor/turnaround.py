@@ -1,12 +1,15 @@
 """How long a training may take to send each direction of a gradient once, and the ranks that this asks for.
 
 A step sends r of a matrix's min(n, m) directions, those in which most has gathered, and half as many when alternating.
-So each has its turn within about min(n, m) / r steps: the turnaround. What a step leaves out is late by so much, and
-what that costs depends on how many turnarounds a training has (docs/accuracy.md).
+So each has its turn within about min(n, m) / r steps; the turnaround of a network is that of its slowest matrix. What a
+step leaves out is late by so much, and what that costs depends on how many turnarounds a training has
+(docs/accuracy.md). All matrices have one rank: what a higher one costs a small matrix is little, and what a lower one
+costs its accuracy is much.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable
 
@@ -18,7 +21,7 @@ DEFAULT_TURNAROUND = 50.0
 
 # Turnarounds that a training must have to be as good as with whole gradients, from the study in docs/accuracy.md:
 # of images with SGD, and of text with AdamW. Optimizers that nobody has tried are taken for the harder case.
-_TURNS_WITH_SGD = 20
+_TURNS_WITH_SGD = 40
 _TURNS_OTHERWISE = 200
 
 
@@ -41,41 +44,29 @@ def turnaround_for(steps: float, optimizers: Optimizer | Iterable[Optimizer]) ->
     return steps / (_TURNS_WITH_SGD if each and all(map(_is_sgd, each)) else _TURNS_OTHERWISE)
 
 
-def rank_for(turnaround: float, rows: int, columns: int, *, alternate: bool) -> int:
-    """Give the columns with which each direction of a matrix has its turn in time; min(n, m) is all of it."""
-    directions = min(rows, columns)
+def rank_for(turnaround: float, directions: int, *, alternate: bool) -> int:
+    """Give the rank with which each of so many directions has its turn in time; as many as these is all of them."""
     # A quotient that should be an integer may come out a little above it.
     return min(directions, math.ceil((2 if alternate else 1) * directions / turnaround - 1e-9))
 
 
-def smallest_turnaround(
-    sent_bytes: Callable[[float], float], max_bytes: int, directions: Iterable[int], *, alternate: bool
-) -> float:
-    """Find the smallest turnaround whose ranks send no more bytes a step than are allowed.
+def largest_rank(sent_bytes: Callable[[int], float], max_bytes: int, directions: int) -> int:
+    """Find the largest rank, up to all directions, that sends no more bytes a step than are allowed.
 
     Args:
-        sent_bytes: of a turnaround, which fall where it rises.
+        sent_bytes: of a rank; they rise with it.
         max_bytes: that are allowed.
-        directions: min(n, m) of every matrix whose rank is to be found.
-        alternate: whether one factor is sent a step.
+        directions: min(n, m) of the matrix where that is largest.
 
     Raises:
         ValueError: if rank 1 is too much already.
     """
-    sides = 2 if alternate else 1
-    # Ranks change at these alone.
-    turnarounds = sorted({sides * size / rank for size in set(directions) for rank in range(1, size + 1)})
-    if not turnarounds or sent_bytes(turnarounds[-1]) > max_bytes:
-        least = sent_bytes(turnarounds[-1] if turnarounds else 1.0)
+    if sent_bytes(1) > max_bytes:
         raise ValueError(
             f"`max_bytes={max_bytes}` is too little: at rank 1, with everything that is sent whole, a step takes"
-            f" {math.ceil(least)} bytes. Allow as many at least."
+            f" {math.ceil(sent_bytes(1))} bytes. Allow as many at least."
         )
-    first, last = 0, len(turnarounds) - 1
-    while first < last:
-        middle = (first + last) // 2
-        first, last = (first, middle) if sent_bytes(turnarounds[middle]) <= max_bytes else (middle + 1, last)
-    return turnarounds[last]
+    return bisect.bisect_right(range(2, directions + 1), max_bytes, key=sent_bytes) + 1
 
 
 def _is_sgd(optimizer: Optimizer) -> bool:
