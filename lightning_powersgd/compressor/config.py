@@ -21,9 +21,9 @@ class PowerSGDConfig:
 
     Args:
         rank: columns kept of each factor. Higher: better approximation, but more bytes and more arithmetic, both in
-            proportion. ``"auto"`` keeps as many as the length of the training asks for (see ``turnaround``). A mapping gives parameter-name patterns (``fnmatch``) a rank of their own: the first match
-            wins, 0 sends a parameter whole, ``"*"`` stands for the rest; a parameter that no pattern matches is sent
-            whole.
+            proportion. ``"auto"`` keeps as many as the length of the training asks for (see ``turnaround``). A mapping
+            gives parameter-name patterns (``fnmatch``) a rank of their own: the first match wins, 0 sends a parameter
+            whole, ``"*"`` stands for the rest; a parameter that no pattern matches is sent whole.
         turnaround: for ``rank="auto"``: steps within which each direction of a gradient has its turn. The rank is
             ⌈min(n, m) / turnaround⌉ for the matrix where min(n, m) is largest, and twice that when alternating.
             Smaller: more accurate, for more bytes. None is what the length of the training and its optimizers ask for

@@ -66,7 +66,7 @@ def largest_rank(sent_bytes: Callable[[int], float], max_bytes: int, directions:
             f"`max_bytes={max_bytes}` is too little: at rank 1, with everything that is sent whole, a step takes"
             f" {math.ceil(sent_bytes(1))} bytes. Allow as many at least."
         )
-    return bisect.bisect_right(range(2, directions + 1), max_bytes, key=sent_bytes) + 1
+    return bisect.bisect_right(range(2, directions + 1), max_bytes, key=lambda rank: math.ceil(sent_bytes(rank))) + 1
 
 
 def _is_sgd(optimizer: Optimizer) -> bool:

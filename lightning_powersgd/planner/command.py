@@ -119,7 +119,7 @@ def _add_plan(commands: Any) -> _Parser:
         "--optimizer",
         choices=("adam", "sgd"),
         default="adam",
-        help="of the training, for --steps: sgd can do with a tenth of the rank (default %(default)s; also for others)",
+        help="of the training, for --steps: sgd can do with a fifth of the rank (default %(default)s; also for others)",
     )
     settings.add_argument("--alternate", action="store_true", help="send one factor a step instead of both")
     settings.add_argument(

@@ -307,7 +307,7 @@ def test_automatic_ranks_follow_the_length_of_the_training(plan):
 
     assert rank() == rank("--steps=10000") == rank("--turnaround=50") == 11
     assert rank("--steps=20000") == 6
-    assert rank("--steps=20000", "--optimizer=sgd") == 1
+    assert rank("--steps=20000", "--optimizer=sgd") == 2
     assert rank("--steps=100") == 0
     assert rank("--steps=20000", "--rank=*.0.*=3", "--rank=*=auto") == 3
     assert rank("--max-bytes=100000") == 5

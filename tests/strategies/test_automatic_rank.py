@@ -53,7 +53,7 @@ def fit(root: Path, strategy: Any = None, stop: int = 6, optimizer: str = "sgd",
 
 @pytest.mark.parametrize(
     ("optimizer", "length", "found", "turnaround"),
-    [("sgd", 400, {2, 1}, 20), ("sgd", 10_000, {1}, 500), ("adamw", 4000, {2, 1}, 20)],
+    [("sgd", 800, {2}, 20), ("sgd", 20_000, {1}, 500), ("adamw", 4000, {2}, 20)],
 )
 def test_the_length_of_the_training_and_its_optimizer_give_the_ranks(
     two_ranks, tmp_path, optimizer, length, found, turnaround
@@ -86,7 +86,7 @@ def _without_length(root: Path) -> Outcome:
 
 def test_a_length_that_nobody_knows_is_assumed_and_said(two_ranks, tmp_path):
     first, _ = two_ranks.run(_without_length, tmp_path)
-    assert first.turnaround == 10_000 / 20
+    assert first.turnaround == 10_000 / 40
     assert "The length of the training is not known, and `rank='auto'` takes it for 10,000 steps." in first.said
 
 
@@ -138,7 +138,7 @@ def test_a_run_resumes_bit_for_bit_with_the_ranks_that_it_had(two_ranks, tmp_pat
         pytest.param({"rank": 3}, {}, True, id="a fixed rank before"),
         pytest.param({"rank": {"net.0*": 3, "*": 1}}, {}, True, id="patterns before"),
         pytest.param({"max_bytes": 3000}, {}, True, id="a budget before"),
-        pytest.param({}, {"turnaround": 10}, False, id="another turnaround now"),
+        pytest.param({}, {"turnaround": 20}, False, id="another turnaround now"),
         pytest.param({}, {"rank": 3}, False, id="a fixed rank now"),
     ],
 )
@@ -155,12 +155,12 @@ def test_a_plain_checkpoint_leaves_the_ranks_to_the_length(two_ranks, tmp_path):
 
 def _plain_then_ours(root: Path) -> tuple[Outcome, ...]:
     saver = ModelCheckpoint(root, filename="three", every_n_train_steps=3, save_top_k=-1)
-    plain = fit(root, "ddp", max_steps=400, enable_checkpointing=True, callbacks=[saver])
-    return plain, fit(root, ckpt_path=root / "three.ckpt", max_steps=400)
+    plain = fit(root, "ddp", max_steps=800, enable_checkpointing=True, callbacks=[saver])
+    return plain, fit(root, ckpt_path=root / "three.ckpt", max_steps=800)
 
 
 def _after_a_search(root: Path) -> Outcome:
-    return fit(root, callbacks=[LearningRateFinder(num_training_steps=5)], max_steps=400)
+    return fit(root, callbacks=[LearningRateFinder(num_training_steps=5)], max_steps=800)
 
 
 def test_a_search_for_the_learning_rate_does_not_count_as_the_training(two_ranks, tmp_path):
@@ -174,7 +174,7 @@ class Unfreeze(Callback):
 
 
 def _unfrozen(root: Path) -> Outcome:
-    return fit(root, callbacks=[Unfreeze()], max_steps=400)
+    return fit(root, callbacks=[Unfreeze()], max_steps=800)
 
 
 def test_ranks_stay_when_parameters_are_unfrozen(two_ranks, tmp_path):
@@ -185,7 +185,7 @@ def test_ranks_stay_when_parameters_are_unfrozen(two_ranks, tmp_path):
 
 def _within_a_budget(root: Path) -> int:
     strategy = PowerSGDStrategy(max_bytes=2500)
-    fit(root, strategy, max_steps=400)
+    fit(root, strategy, max_steps=800)
     return strategy.exchange.state.sent_bytes
 
 
