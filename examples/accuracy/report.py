@@ -175,7 +175,7 @@ def plot(axes: Axes, task: Task, runs: list[dict[str, Any]]) -> None:
             axes.annotate(
                 variant.removeprefix("rank "),
                 (outcomes[variant].bytes_per_step, outcomes[variant].mean),
-                xytext=(0, 8),
+                xytext=(9, 5),
                 textcoords="offset points",
                 ha="center",
                 color=BLUE,
