@@ -60,8 +60,11 @@ class PowerGossipConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for rank in self.rank.values() if isinstance(self.rank, Mapping) else (self.rank,):
-            require_int("rank", rank, minimum=0, remedy="Use a number such as 1, or a mapping of patterns to numbers.")
+        ranks: Iterable[object] = self.rank.values() if isinstance(self.rank, Mapping) else (self.rank,)
+        for rank in ranks:
+            if isinstance(rank, str):
+                # Nor "auto": how long a training is says nothing of gossip.
+                raise TypeError(f"`rank={rank!r}` is not an integer. Use a number such as 1, or a mapping to numbers.")
         require_int("iterations", self.iterations, minimum=1, remedy="Use 1 for one round of gossip a step.")
         if not isinstance(self.overlap, bool):
             raise TypeError(f"`overlap={self.overlap!r}` is not a bool. Use True or False.")

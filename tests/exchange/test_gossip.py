@@ -633,6 +633,8 @@ def _alone() -> tuple[bool, int, int, int]:
     [
         ({"rank": 0}, ValueError, "`rank=0` is below 1"),
         ({"rank": {"*": -1}}, ValueError, r"`rank\['\*'\]=-1` is below 0"),
+        ({"rank": "auto"}, TypeError, "`rank='auto'` is not an integer"),
+        ({"rank": {"*": "auto"}}, TypeError, "`rank='auto'` is not an integer"),
         ({"rank": "2"}, TypeError, "`rank='2'` is not an integer"),
         ({"iterations": 0}, ValueError, "`iterations=0` is below 1. Use 1 for one round"),
         ({"iterations": 2.0}, TypeError, "`iterations=2.0` is not an integer"),

@@ -310,7 +310,7 @@ def test_automatic_ranks_follow_the_length_of_the_training(plan):
     assert rank("--steps=20000", "--optimizer=sgd") == 2
     assert rank("--steps=100") == 0
     assert rank("--steps=20000", "--rank=*.0.*=3", "--rank=*=auto") == 3
-    assert rank("--max-bytes=100000") == 5
+    assert rank("--max-bytes=100000") == 4
     assert "Net, rank auto, 20,000 steps, 8 processes" in plan("zoo:Net", "--init=width=512", "--steps=20000")
 
 
