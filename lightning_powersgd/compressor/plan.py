@@ -261,8 +261,10 @@ def _complete(arrival: Iterable[str], trainable: Mapping[str, Tensor]) -> list[s
 
 def _automatic_rank(trainable: Mapping[str, Tensor], config: PowerSGDConfig) -> int:
     """Give the rank of all parameters that are to have an automatic one."""
-    automatic = [parameter for name, parameter in trainable.items() if _rank_of(name, config.rank) == AUTO]
-    directions = max((_directions(parameter) for parameter in automatic), default=1)
+    names = [name for name in trainable if _rank_of(name, config.rank) == AUTO]
+    # Of each parameter in the view that it is compressed in.
+    views = [slot for name in names for slot in _matrices(name, trainable[name], config, rank=1)[:1]]
+    directions = max((min(slot.rows, slot.columns) for slot in views), default=1)
     if config.max_bytes is None:
         return rank_for(config.turnaround or DEFAULT_TURNAROUND, directions, alternate=config.alternate)
 
@@ -273,27 +275,26 @@ def _automatic_rank(trainable: Mapping[str, Tensor], config: PowerSGDConfig) -> 
     return largest_rank(sent_bytes, config.max_bytes, directions)
 
 
-def _directions(parameter: Tensor) -> int:
-    """Give min(n, m) of the matrix that a parameter is compressed as; 1 of what is no matrix."""
-    shape, splits = parameter.shape, [split for _, split in _matrix_views(parameter)]
-    views = [(math.prod(shape[:split]), math.prod(shape[split:])) for split in splits]
-    return min(min(views, key=sum)) if views and parameter.is_floating_point() else 1
-
-
 def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig, automatic_rank: int) -> Slot:
     shape, dtype, given = tuple(parameter.shape), parameter.dtype, _rank_of(name, config.rank)
     rank = automatic_rank if given == AUTO else given
-    views = _matrix_views(parameter) if dtype.is_floating_point else []
-    formats, alternate = _formats(dtype, config.comm_dtype), config.alternate
-    slots = [Slot(name, shape, dtype, rank, order, formats, split) for order, split in views]
-    # Of several views, such as of experts' weights that are stacked in one tensor, the one that sends least.
-    slots.sort(key=lambda slot: slot.rows + slot.columns)
+    slots = _matrices(name, parameter, config, rank)
     for slot in slots:
-        worth_it = slot.dense_bytes >= config.min_compression_ratio * slot.sent_bytes(alternate=alternate)
+        worth_it = slot.dense_bytes >= config.min_compression_ratio * slot.sent_bytes(alternate=config.alternate)
         if 0 < rank < min(slot.rows, slot.columns) and worth_it:
             return slot
     order, split = (slots[0].order, slots[0].split) if slots else ((), 1)
     return Slot(name, shape, dtype, 0, order, _formats(dtype, None), split)
+
+
+def _matrices(name: str, parameter: Tensor, config: PowerSGDConfig, rank: int) -> list[Slot]:
+    """Give a slot for every view of a parameter as a matrix; the one that sends least leads."""
+    shape, dtype = tuple(parameter.shape), parameter.dtype
+    views = _matrix_views(parameter) if dtype.is_floating_point else []
+    formats = _formats(dtype, config.comm_dtype)
+    slots = [Slot(name, shape, dtype, rank, order, formats, split) for order, split in views]
+    # Several are possible of experts' weights, say, that are stacked in one tensor.
+    return sorted(slots, key=lambda slot: slot.rows + slot.columns)
 
 
 def _formats(dtype: torch.dtype, comm_dtype: CommDtype) -> tuple[Format, Format]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
-from lightning_powersgd.compressor.codec import PROFILE_STEP, Format, profile_of
+from lightning_powersgd.compressor.codec import PROFILE_STEP, profile_of
 from lightning_powersgd.compressor.passes import assign
 from lightning_powersgd.compressor.plan import SIDES, Side, Slot
 from lightning_powersgd.compressor.verdict import Verdict
@@ -29,9 +29,8 @@ class Scales:
     def __init__(self, slots: Iterable[Slot], device: torch.device) -> None:
         self.magnitudes: dict[str, dict[Side, Tensor]] = {}
         self.profiles: dict[str, dict[Side, Tensor]] = {}
-        self._formats: dict[str, tuple[Format, Format]] = {}
-        for slot in slots:
-            self._formats[slot.name] = slot.formats
+        self._slots = {slot.name: slot for slot in slots}
+        for slot in self._slots.values():
             if slot.formats[0].scaled:
                 self.magnitudes[slot.name] = {
                     side: torch.full((slot.rank, 1), slot.format(side).first_magnitude, device=device) for side in SIDES
@@ -69,7 +68,7 @@ class Scales:
         if name not in self.magnitudes:
             return
         magnitude = self.magnitudes[name][side]
-        found = self._formats[name][SIDES.index(side)].magnitude(factor)
+        found = self._slots[name].format(side).magnitude(factor)
         assign(magnitude, torch.where(found > 0, found, magnitude), keep)
         if name in self.profiles:
             profile = self.profiles[name][side]

@@ -38,10 +38,15 @@ def turnaround_for(steps: float, optimizers: Optimizer | Iterable[Optimizer]) ->
     Raises:
         ValueError: if ``steps`` is not a positive, finite number.
     """
+    each = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    return turnaround_of(steps, sgd=bool(each) and all(isinstance(one, torch.optim.SGD) for one in each))
+
+
+def turnaround_of(steps: float, *, sgd: bool) -> float:
+    """Give the turnaround of a training with SGD, or else with any other optimizer (see `turnaround_for`)."""
     if not 0 < steps < math.inf:
         raise ValueError(f"`steps={steps!r}` is not the length of a training. Give the number of optimizer steps.")
-    each = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    return steps / (_TURNS_WITH_SGD if each and all(map(_is_sgd, each)) else _TURNS_OTHERWISE)
+    return steps / (_TURNS_WITH_SGD if sgd else _TURNS_OTHERWISE)
 
 
 def rank_for(turnaround: float, directions: int, *, alternate: bool) -> int:
@@ -67,7 +72,3 @@ def largest_rank(sent_bytes: Callable[[int], float], max_bytes: int, directions:
             f" {math.ceil(sent_bytes(1))} bytes. Allow as many at least."
         )
     return bisect.bisect_right(range(2, directions + 1), max_bytes, key=lambda rank: math.ceil(sent_bytes(rank))) + 1
-
-
-def _is_sgd(optimizer: Optimizer) -> bool:
-    return isinstance(optimizer, torch.optim.SGD)

@@ -106,6 +106,7 @@ class CompressedGroup(_Group):
         self._state, self._loss_scale, self._reached = state, loss_scale, reached
         self._alternate = state.config.alternate
         self._compressed, self.formats = group.compressed, group.formats
+        self._bits = {side: form.bits for side, form in zip(SIDES, group.formats, strict=True)}
         self._matrices = {slot.name: Matrix(slot, state, wires.world_size) for slot in group.compressed}
 
         # What is sent whole and is large is only borrowed from where its gradient lies.
@@ -297,18 +298,16 @@ class CompressedGroup(_Group):
         return position
 
     def _make_wire(self, length: int) -> Wire:
-        bits = [form.bits for form in self.formats]
-        integer = self.formats[0].integer
-        wires, dtype = self._wires, self.formats[0].dtype
-        return wires.add(IntegerWire(wires, length, bits) if integer else Wire(wires, length, dtype))
+        wires, form = self._wires, self.formats[0]
+        bits = list(self._bits.values())
+        return wires.add(IntegerWire(wires, length, bits) if form.integer else Wire(wires, length, form.dtype))
 
     def _share_last(self) -> None:
         """Make the last factors ready to be sent, and keep them as they are after that rounding."""
         self._share(self._sent, self._last_wire, self._last_flat, self._own_flat[: self._lengths[self._sent]])
 
     def _share(self, side: Side, wire: Wire, flat: Tensor, own: Tensor | None = None) -> None:
-        bits = self.formats[SIDES.index(side)].bits
-        wire.share_factors(flat[: self._lengths[side]], list(self._payload[side].values()), bits, own)
+        wire.share_factors(flat[: self._lengths[side]], self._payload[side].values(), self._bits[side], own)
 
     def _factors(self, flat: Tensor, side: Side) -> dict[str, Tensor]:
         """View the beginning of a flat tensor as factors by name, (r, n) or (r, m)."""

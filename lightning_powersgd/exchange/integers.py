@@ -13,7 +13,7 @@ Integers have no NaN. A flag for each matrix tells whether its factor was finite
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_powersgd.compressor.codec import most_levels, pack, refinement, sums_fit, to_levels, unpack
+from lightning_powersgd.compressor.codec import pack, refinement, sums_fit, to_levels, unpack
 from lightning_powersgd.compressor.verdict import known
 from lightning_powersgd.exchange.wire import Wire, Wires
 
@@ -63,22 +63,19 @@ class IntegerWire(Wire):
         # Of the segments that are factors: views of each, and the flags that tell whether it was finite.
         self._factors: list[Tensor] = []
         self._flags: list[Tensor] = []
-        # Where what travels in bfloat16 comes from, and is to arrive.
-        self._payload: Tensor | None = None
 
     @override
     def share(self, part: Tensor) -> None:
         if not self._wires.encodes:
             super().share(part)
+            part.copy_(part.bfloat16())
         elif part.numel():
             self._segments.append(_Segment(part, 8, is_flags=True))
 
     @override
-    def share_factors(self, part: Tensor, factors: Sequence[Tensor], bits: int, own: Tensor | None = None) -> None:
+    def share_factors(self, part: Tensor, factors: Collection[Tensor], bits: int, own: Tensor | None = None) -> None:
         if not self._wires.encodes:
-            part.copy_(part.div_(self._wires.world_size).bfloat16())
-            if own is not None:
-                own.copy_(part).mul_(self._wires.world_size)
+            super().share_factors(part, factors, bits, own)
             return
         largest = torch.stack(torch._foreach_norm(list(factors), ord=float("inf")))
         flags = largest.isfinite().logical_not_().float()
@@ -94,7 +91,6 @@ class IntegerWire(Wire):
         if not payload.numel():
             return
         if not self._wires.encodes:
-            self._payload = payload
             super().send(payload.bfloat16())
         elif self._gathers:
             self._in_flight = self._wires.all_gather(self._packed(rows=1).flatten())
@@ -109,10 +105,9 @@ class IntegerWire(Wire):
         if self._in_flight is None:
             return
         work, received = self._in_flight
-        if self._payload is not None:
+        if received.dtype == torch.bfloat16:
             super().receive()
-            self._payload.copy_(received)
-            self._payload = None
+            self.flat[: len(received)] = received
             return
         if work is not None:
             work.wait()
@@ -144,8 +139,8 @@ class IntegerWire(Wire):
                 mine.append(pack((total > 0).float(), segment.bits))
                 continue
             average = total / world_size
-            largest = most_levels(segment.bits, world_size)
-            levels = (average * finer).round_().clamp_(-largest, largest)
+            levels = average * finer
+            to_levels(levels, segment.bits, world_size)
             if segment.own is not None:
                 # The mean of all ranks' shares becomes what all receive.
                 begin = rank * len(levels)

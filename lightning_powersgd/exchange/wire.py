@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,7 +117,7 @@ class Wire:
     def share_factors(  # the factors and their bits are for wires that encode them
         self,
         part: Tensor,
-        factors: Sequence[Tensor],  # noqa: ARG002
+        factors: Collection[Tensor],  # noqa: ARG002
         bits: int,  # noqa: ARG002
         own: Tensor | None = None,
     ) -> None:
@@ -129,7 +129,7 @@ class Wire:
             bits: of each entry on the wire.
             own: of the part's length; is given what this rank contributes to the mean, after the wire's rounding.
         """
-        part.div_(self._wires.world_size)
+        self.share(part)
         if own is not None:
             own.copy_(part).mul_(self._wires.world_size)
 
@@ -137,7 +137,7 @@ class Wire:
         """Let go of a step that was broken off."""
 
     def send(self, payload: Tensor) -> None:
-        """Start the all-reduce of a payload; an empty one is left out."""
+        """Start the all-reduce of a payload, which is the beginning of the buffer or borrowed; not of an empty one."""
         if payload.numel():
             self._in_flight = self._wires.all_reduce(payload), payload
 

@@ -19,10 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
 from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig, Rank
-from lightning_powersgd.compressor.turnaround import turnaround_for
+from lightning_powersgd.compressor.turnaround import turnaround_of
 from lightning_powersgd.planner import figure, report
 from lightning_powersgd.planner.forecast import DEFAULT_LATENCY, Forecast, forecast_exchange
 from lightning_powersgd.planner.targets import load_target
@@ -215,9 +213,7 @@ def _turnaround(arguments: argparse.Namespace) -> float | None:
     if arguments.steps is None:
         turnaround: float | None = arguments.turnaround
         return turnaround
-    tensor = torch.empty(1)
-    kinds = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    return turnaround_for(arguments.steps, kinds[arguments.optimizer]([tensor]))
+    return turnaround_of(arguments.steps, sgd=arguments.optimizer == "sgd")
 
 
 def _rank(values: list[str] | None) -> Rank | Mapping[str, Rank]:

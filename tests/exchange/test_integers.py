@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from nets import attach, gradients, like_an_accelerator, make_batches, make_net
 from ranks import gather_equal
+from reference import mean
 from torch import Tensor, nn
 
 from lightning_powersgd import GradientExchange
@@ -43,10 +44,6 @@ def hops(two: bool) -> Iterator[None]:
 
 def errors_of(exchange: GradientExchange) -> dict[str, Tensor]:
     return {name: error.clone() for name, error in exchange.state.errors.items()}
-
-
-def mean(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([tensor.double() for tensor in tensors]).mean(dim=0)
 
 
 def _train(steps: int, two_hops: bool, **config: Any) -> list[dict[str, Any]]:
@@ -85,8 +82,8 @@ def test_nothing_is_lost_on_the_wire(ranks, world_size, comm_dtype, two_hops, al
     # The first steps travel in bfloat16, whose sums are rounded once more on their way.
     for steps in list(zip(*results, strict=True))[2:]:
         for name in steps[0]["before"]:
-            came = mean([step["local"][name] + step["before"][name] for step in steps])
-            went = steps[0]["averaged"][name].double() + mean([step["after"][name] for step in steps])
+            came = mean([(step["local"][name] + step["before"][name]).double() for step in steps])
+            went = steps[0]["averaged"][name].double() + mean([step["after"][name].double() for step in steps])
             assert (came - went).norm() < 3e-6 * came.norm(), name
 
 
@@ -212,11 +209,7 @@ def _broken_off(**config: Any) -> tuple[bool, int]:
             exchange = exchange_2
             continue
         loss.backward()
-    return gather_equal(gradients_of(model)), exchange.state.step
-
-
-def gradients_of(model: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in model.parameters()]
+    return gather_equal(list(gradients(model.module).values())), exchange.state.step
 
 
 def _raise(gradient: Tensor) -> None:
