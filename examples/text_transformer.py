@@ -39,6 +39,7 @@ class ByteTransformer(LightningModule):
         context: the most bytes it looks back on.
         learning_rate: peak of the one-cycle schedule.
         warmup: fraction of the steps in which the learning rate rises.
+        beta2: of AdamW, the decay of its mean of squares.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class ByteTransformer(LightningModule):
         context: int = 128,
         learning_rate: float = 1e-3,
         warmup: float = 0.1,
+        beta2: float = 0.95,
     ) -> None:
         super().__init__()
         if width % 64:
             raise ValueError(f"`width={width}` is no multiple of 64, the channels of an attention head.")
         self.save_hyperparameters()
-        self.learning_rate, self.warmup = learning_rate, warmup
+        self.learning_rate, self.warmup, self.beta2 = learning_rate, warmup, beta2
         self.embedding = nn.Embedding(BYTES, width)
         self.position_embedding = nn.Embedding(context, width)
         layer = nn.TransformerEncoderLayer(
@@ -91,7 +93,9 @@ class ByteTransformer(LightningModule):
         self.log("test_bits_per_byte", self.bits_per_byte(batch), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.learning_rate, betas=(0.9, self.beta2), weight_decay=0.1
+        )
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=self.learning_rate,

@@ -125,3 +125,32 @@ class GossipReference:
             add[j] = add[j] + A[i, j] * D_hat
         self.uses[number] += 1
         return add
+
+
+class AveragingReference:
+    """Low-rank averaging for one matrix on W ranks.
+
+    Args:
+        reference: the first ρ, (n, m).
+        draw: gives Ω, (m, r), by the number of the round. ``None``: whole matrices are averaged.
+        signs: gives s, one for each rank, by the number of the round.
+    """
+
+    def __init__(
+        self, reference: Tensor, draw: Callable[[int], Tensor] | None, signs: Callable[[int], list[float]]
+    ) -> None:
+        self.rho, self.draw, self.signs, self.round = reference.double(), draw, signs, 0
+
+    def __call__(self, theta: list[Tensor]) -> list[Tensor]:
+        """Give the ranks' matrices after a round."""
+        s, number = self.signs(self.round), self.round
+        self.round += 1
+        if self.draw is None:
+            return [mean(theta) for _ in theta]
+        # M_w = θ_w − ρ,  P̂ = orth(mean_w s_w M_w Ω)
+        M = [theta_w - self.rho for theta_w in theta]
+        P_hat = orth(mean([s_w * M_w @ self.draw(number).double() for s_w, M_w in zip(s, M, strict=True)]))
+        # Q_w = M_wᵀ P̂,  θ_w ← θ_w + P̂ (Q̄ − Q_w)ᵀ,  ρ ← ρ + P̂ Q̄ᵀ
+        Q = [M_w.T @ P_hat for M_w in M]
+        self.rho = self.rho + P_hat @ mean(Q).T
+        return [theta_w + P_hat @ (mean(Q) - Q_w).T for theta_w, Q_w in zip(theta, Q, strict=True)]

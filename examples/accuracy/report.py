@@ -51,6 +51,9 @@ LINES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "automatic rank": (("auto",), BLACK, "h"),
     "automatic rank, 8 bits": (("auto, int8",), BLACK, "s"),
     "automatic rank, 4 bits": (("auto, int4",), BLACK, "v"),
+    "averaging, 8 bits": (("averaging, rank 8, int8", "averaging, rank 32, int8"), PURPLE, "--s"),
+    "averaging, 4 bits": (("averaging, rank 16, int4",), PURPLE, "v"),
+    "averaging": (("averaging, rank 4",), PURPLE, "o"),
     "bfloat16 all-reduce": (("bfloat16 all-reduce",), BLACK, "D"),
     "alternating": (("alternating, rank 2", "alternating, rank 4"), ORANGE, "--s"),
     "embeddings and head whole": (("rank 2, ends whole", "rank 4, ends whole"), SKY, ":D"),
@@ -200,12 +203,15 @@ def point(axes: Axes, outcomes: list[Outcome], colour: str, style: str, label: s
     )
 
 
+def _drawn(task: Task, runs: list[dict[str, Any]]) -> list[str]:
+    """Name the variants that have a place in a task's panel, beside plain DDP."""
+    named = [variant for variants, _, _ in LINES.values() for variant in variants]
+    return [name for name, outcome in summarise(task, runs).items() if name in named and math.isfinite(outcome.mean)]
+
+
 def draw_accuracy(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw what each task learnt against what it sent, where there is enough to draw."""
-    points = {
-        name: sum(math.isfinite(o.mean) for o in summarise(TASKS[name], lines).values()) - 1
-        for name, lines in runs.items()
-    }
+    points = {name: len(_drawn(TASKS[name], lines)) for name, lines in runs.items()}
     runs = {name: lines for name, lines in runs.items() if points[name] >= FEWEST_POINTS} or runs
     columns = min(2, len(runs))
     rows = math.ceil(len(runs) / columns)
@@ -226,7 +232,7 @@ def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     # A colour for what is learnt, a marker for how long.
-    names = [name for name, task in TASKS.items() if not isinstance(task, GossipTask)]
+    names = [name for name, task in TASKS.items() if "rank 32" in task.variants]
     looks = dict(zip(names, ((colour, marker) for marker in "os^" for colour in (BLUE, ORANGE)), strict=True))
     plain = [variant for label in ("full steps", "alternating") for variant in LINES[label][0]]
     for name, lines in runs.items():
@@ -257,7 +263,7 @@ def draw_turnaround(runs: dict[str, list[dict[str, Any]]]) -> Figure:
 def turnaround(task: Task, variant: str) -> float:
     """Give the steps in which each direction of a gradient was sent about once."""
     config = PowerSGDConfig(**(task.variants[variant] or {}))
-    return make_plan(task.module().named_parameters(), config).turnaround(alternate=config.alternate)
+    return make_plan(task.module_of(variant).named_parameters(), config).turnaround(alternate=config.alternate)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def train(task: Task, variant: str, seed: int, arguments: argparse.Namespace) ->
         What was done and what came of it: numbers and strings only. A metric that is not finite is ``None``.
     """
     seed_everything(seed, workers=True, verbose=False)
-    module, data = task.module(), task.data(arguments.data_dir)
+    module, data = task.module_of(variant), task.data(arguments.data_dir)
     strategy = task.strategy(variant, arguments.steps)
     trainer = Trainer(
         accelerator=arguments.accelerator,

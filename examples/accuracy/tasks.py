@@ -18,6 +18,7 @@ from text_transformer import ByteTransformer, TextDataModule
 from lightning_powersgd import PowerGossipStrategy, PowerSGDStrategy
 
 # Settings of the strategy by the name of the variant; `None` is plain DDP. Of `start_step`, the share of all steps.
+# What is no setting of PowerSGD's: "all_reduce", "alone", the settings of low-rank "averaging", and those of the "module".
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "DDP": None,
     "rank 1": {"rank": 1},
@@ -49,6 +50,33 @@ CODECS: dict[str, dict[str, Any] | None] = {
     "bfloat16 all-reduce": {"all_reduce": "bfloat16"},
     "one process alone": {"alone": "own"},
 }
+# Every process with a model of its own, which they average a few directions at a time.
+AVERAGING: dict[str, dict[str, Any] | None] = {
+    "averaging, rank 4": {"averaging": {"rank": 4}},
+    "averaging, rank 8, int8": {"averaging": {"rank": 8, "comm_dtype": "int8"}},
+    "averaging, rank 16, int4": {"averaging": {"rank": 16, "comm_dtype": "int4"}},
+    "averaging, rank 32, int8": {"averaging": {"rank": 32, "comm_dtype": "int8"}},
+}
+
+
+# Beside 10⁻³ and 0.95, which the modules have by themselves.
+TUNING = (
+    {"learning_rate": 5e-4},
+    {"learning_rate": 2e-3},
+    {"beta2": 0.99},
+    {"learning_rate": 2e-3, "beta2": 0.99},
+)
+
+
+def tuned(variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
+    """Give plain DDP and others with every learning rate, and with every decay of Adam's mean of squares."""
+    tried: dict[str, dict[str, Any] | None] = {}
+    for name, settings in {"DDP": {"all_reduce": "float32"}, **variants}.items():
+        tried[name] = None if name == "DDP" else settings
+        for values in TUNING:
+            said = ", ".join(f"{argument.replace('_', ' ')} {value:g}" for argument, value in values.items())
+            tried[f"{name}, {said}"] = {**settings, "module": values}
+    return tried
 
 
 class ResNetClassifier(ImageClassifier):
@@ -112,7 +140,7 @@ class Task:
     unit: str
     higher_is_better: bool
     goal: str
-    module: Callable[[], LightningModule]
+    module: Callable[..., LightningModule]
     data: Callable[[Path | None], LightningDataModule]
     steps: int
     variants: dict[str, dict[str, Any] | None]
@@ -120,13 +148,20 @@ class Task:
     sent: str = "bytes a step"
     options: str = "--data-dir FOLDER"
 
+    def module_of(self, variant: str) -> LightningModule:
+        """Make the module that a variant trains."""
+        return self.module(**(self.variants[variant] or {}).get("module", {}))
+
     def strategy(self, variant: str, steps: int) -> DDPStrategy:
         """Make the strategy of a variant, for a training of that many steps."""
         settings = self.variants[variant]
         if settings is None:
             return DDPStrategy()
+        settings = {name: value for name, value in settings.items() if name != "module"}
+        if "averaging" in settings:
+            return PowerGossipStrategy("all", **settings["averaging"], log_metrics=False)
         if "all_reduce" in settings:
-            return HalfWidth()
+            return HalfWidth() if settings["all_reduce"] == "bfloat16" else DDPStrategy()
         if "alone" in settings:
             return Alone(average_model=settings["alone"] == "average", log_metrics=False)
         if "start_step" in settings:
@@ -138,6 +173,8 @@ class Task:
         """Count what a process handed to collectives in a step of a training that is over."""
         if isinstance(strategy, Alone):
             return 0
+        if isinstance(strategy, PowerGossipStrategy):
+            return sum(exchange.total_sent_bytes for exchange in strategy.exchanges) / steps
         if not isinstance(strategy, PowerSGDStrategy):
             return dense_bytes / (2 if isinstance(strategy, HalfWidth) else 1)
         assert strategy.exchange is not None
@@ -193,6 +230,7 @@ TASKS: dict[str, Task] = {
         variants={
             **VARIANTS,
             **CODECS,
+            **AVERAGING,
             "rank 2, ends whole": {"rank": {"*embedding*": 0, "head*": 0, "*": 2}},
             "rank 4, ends whole": {"rank": {"*embedding*": 0, "head*": 0, "*": 4}},
         },
@@ -204,6 +242,32 @@ TASKS |= {
     f"{name}_{times}x": replace(TASKS[name], title=f"{TASKS[name].title}, {times} times as long", steps=times * 600)
     for name, times in (("images", 4), ("text", 4), ("images", 10), ("text", 20))
 }
+
+# The same batches, dealt out to more processes.
+TASKS |= {
+    f"text_{ranks}_ranks": replace(
+        TASKS["text"],
+        title=f"{TASKS['text'].title}, {ranks} processes",
+        data=lambda folder, windows=16 // ranks: TextDataModule(folder, batch_size=windows),
+        variants={
+            "DDP": None,
+            **{name: CODECS[name] for name in ("rank 8, int8", "auto", "auto, int8", "one process alone")},
+            **AVERAGING,
+        },
+    )
+    for ranks in (4, 8)
+}
+TASKS["text_tuning"] = replace(
+    TASKS["text"],
+    title=f"{TASKS['text'].title}, other learning rates",
+    variants=tuned(
+        {
+            "auto, int8": CODECS["auto, int8"],
+            "rank 32, int8": CODECS["rank 32, int8"],
+            "averaging, rank 8, int8": AVERAGING["averaging, rank 8, int8"],
+        }
+    ),
+)
 
 TASKS["gossip"] = GossipTask(
     title="Sorted shards of MNIST on a ring",

@@ -109,6 +109,12 @@ class Slot:
         return factors / 2 if alternate else factors
 
 
+def by_dtype(slots: Iterable[Slot]) -> list[list[Slot]]:
+    """Part slots by the dtypes of their parameters; each dtype in the order in which it comes first."""
+    slots = list(slots)
+    return [[slot for slot in slots if slot.dtype == dtype] for dtype in dict.fromkeys(slot.dtype for slot in slots)]
+
+
 @dataclass(frozen=True)
 class Group:
     """Parameters whose payload travels in the same collective, but for what is sent whole and is large.

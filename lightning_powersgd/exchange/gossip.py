@@ -15,12 +15,15 @@ finds the directions in which neighbours disagree most. The factors of all links
 the model once and writes it once, whatever the number of neighbours.
 
 Parameters that are not compressed (see `plan`) travel whole.
+
+In the topology "all" there are no links: all ranks average in the same directions (see `averaging`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +32,12 @@ from torch import Tensor
 from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
 from lightning_powersgd.compressor.parameters import common_device, parameter_name
 from lightning_powersgd.compressor.plan import Plan, make_plan
+from lightning_powersgd.exchange.averaging import Averaging
 from lightning_powersgd.exchange.links import Links
-from lightning_powersgd.exchange.topology import Topology
+from lightning_powersgd.exchange.topology import ALL, Topology
+
+# Of `comm_dtype`.
+_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,9 @@ class PowerGossipConfig:
         min_compression_ratio: a matrix whose dense / sent ratio of a round is below this is sent whole. At least 1.
         overlap: let the last round of a step travel while the next step computes; it takes effect one step later.
             Hides the network's time, at a disagreement that is one step older.
-        seed: of the first random factors.
+        comm_dtype: "int8" or "int4": factors travel in so many bits, a quarter or an eighth of their bytes. In the
+            topology "all" only. None is the parameter's dtype.
+        seed: of the random factors.
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -57,6 +66,7 @@ class PowerGossipConfig:
     iterations: int = 1
     min_compression_ratio: float = 2.0
     overlap: bool = False
+    comm_dtype: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,32 +78,60 @@ class PowerGossipConfig:
         require_int("iterations", self.iterations, minimum=1, remedy="Use 1 for one round of gossip a step.")
         if not isinstance(self.overlap, bool):
             raise TypeError(f"`overlap={self.overlap!r}` is not a bool. Use True or False.")
-        object.__setattr__(self, "rank", self._compression.rank)
+        if self.comm_dtype not in (None, *_BITS):
+            raise ValueError(f"`comm_dtype={self.comm_dtype!r}` is none of 'int8', 'int4' and None.")
+        object.__setattr__(self, "rank", self._compression(all_ranks=False).rank)
 
-    def plan(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Plan:
+    @property
+    def bits(self) -> int | None:
+        """Of a factor's entries on the wire; ``None``: those of its dtype."""
+        return None if self.comm_dtype is None else _BITS[self.comm_dtype]
+
+    def require_possible(self, topology: object) -> None:
+        """Check that the settings suit a topology, a graph or a name.
+
+        Raises:
+            ValueError: if they do not, naming the setting.
+        """
+        if topology != ALL and self.comm_dtype is not None:
+            raise ValueError(
+                f"`comm_dtype={self.comm_dtype!r}` is for `topology='all'` only: the ends of a link send their models'"
+                " factors as they are. Leave `comm_dtype` out."
+            )
+        if topology == ALL and self.overlap:
+            raise ValueError("`overlap=True` is not possible with `topology='all'`. Leave `overlap` out.")
+
+    def plan(self, named_parameters: Iterable[tuple[str, Tensor]], *, all_ranks: bool = False) -> Plan:
         """Decide which of a model's trainable parameters travel whole, and which as factors.
+
+        Args:
+            named_parameters: of the model.
+            all_ranks: whether the topology is "all", where a round sends both factors of a matrix, not one.
 
         Raises:
             ValueError: if a pattern of the rank matches no parameter.
         """
-        return make_plan(named_parameters, self._compression)
+        return make_plan(named_parameters, self._compression(all_ranks))
 
-    def summary(self, named_parameters: Iterable[tuple[str, Tensor]]) -> str:
-        """Say in one line how much is compressed, and what that brings."""
-        plan = self.plan(named_parameters)
+    def summary(self, named_parameters: Iterable[tuple[str, Tensor]], *, all_ranks: bool = False) -> str:
+        """Say in one line how much is compressed, and what that brings. The arguments are those of `plan`."""
+        plan = self.plan(named_parameters, all_ranks=all_ranks)
         slots = list(plan.slots)
-        sent = plan.sent_bytes(alternate=True) * self.iterations
+        sent = plan.sent_bytes(alternate=not all_ranks) * self.iterations
+        where = "a rank sends" if all_ranks else "over each link go"
         return (
-            f"PowerGossip compresses {len(list(plan.compressed))} of {len(slots)} trainable parameters: over each link"
-            f" go {sent / 1e6:,.3f} MB a step instead of {plan.dense_bytes / 1e6:,.2f} MB"
+            f"PowerGossip compresses {len(list(plan.compressed))} of {len(slots)} trainable parameters: {where}"
+            f" {sent / 1e6:,.3f} MB a step instead of {plan.dense_bytes / 1e6:,.2f} MB"
             f" ({plan.dense_bytes / max(sent, 1):,.1f}×)"
         )
 
-    @property
-    def _compression(self) -> PowerSGDConfig:
-        # A round sends one of a matrix's two factors.
+    def _compression(self, all_ranks: bool) -> PowerSGDConfig:
         return PowerSGDConfig(
-            rank=self.rank, min_compression_ratio=self.min_compression_ratio, alternate=True, seed=self.seed
+            rank=self.rank,
+            min_compression_ratio=self.min_compression_ratio,
+            alternate=not all_ranks,
+            comm_dtype=self.comm_dtype,
+            seed=self.seed,
         )
 
 
@@ -145,14 +183,20 @@ class GossipExchange:
         by_name = dict(named)
         self._among = _fingerprint(by_name.values() if among is None else among)
         taking_part = {name for name, parameter in named if id(parameter) in self._among}
-        self.slots = [slot for slot in config.plan(named).slots if slot.name in taking_part]
+        config.require_possible(topology.name)
+        plan = config.plan(named, all_ranks=topology.name == ALL)
+        self.slots = [slot for slot in plan.slots if slot.name in taking_part]
         self.parameters = {slot.name: by_name[slot.name] for slot in self.slots}
         self.device = common_device(self.parameters)
-        neighbors = topology.neighbors(dist.get_rank(process_group))
-        self._rounds = [
-            Links(self.slots, self.parameters, weights, config.seed, process_group) for weights in neighbors
-        ]
-        self._under_way: Links | None = None
+        self._rounds: Sequence[Any]
+        if topology.name == ALL:
+            self._rounds = [Averaging(self.slots, self.parameters, config.bits, config.seed, process_group)]
+        else:
+            neighbors = topology.neighbors(dist.get_rank(process_group))
+            self._rounds = [
+                Links(self.slots, self.parameters, weights, config.seed, process_group) for weights in neighbors
+            ]
+        self._under_way: Links | Averaging | None = None
         self.step_count = 0
         self.dense_bytes = self.sent_bytes = self.link_bytes = 0
         self.total_sent_bytes = self.total_link_bytes = 0
@@ -199,13 +243,36 @@ class GossipExchange:
         """Receive what is on its way, if anything is, and let it take effect."""
         links, self._under_way = self._under_way, None
         if links is not None:
-            links.finish()
+            self.total_sent_bytes += links.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a rank needs beside its own model to go on with the same bits, in the topology "all"."""
+        return {"rounds": [averaging.state_dict() for averaging in self._rounds]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another run was, in the topology "all".
+
+        Raises:
+            ValueError: if the state is not one that `state_dict` gave.
+        """
+        try:
+            for averaging, saved in zip(self._rounds, state["rounds"], strict=False):
+                averaging.load_state_dict(saved)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The checkpoint's entry 'powergossip' is damaged ({error!r}). Resume from another one, or delete"
+                " the entry to begin with new references."
+            ) from error
 
     def retire(self) -> None:
-        """Let go of the memory of factors and mailboxes when a fit ends, however it does."""
+        """Let go of the memory of factors and mailboxes when a fit ends, however it does.
+
+        What `state_dict` gives stays, since a checkpoint may be saved after the fit.
+        """
         for links in self._rounds:
             links.abandon()
-        self._rounds, self._under_way = [], None
+        self._rounds = [each for each in self._rounds if isinstance(each, Averaging)]
+        self._under_way = None
 
 
 def _fingerprint(parameters: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_powersgd.compressor.basis import normalize_rows, random_factor, unique_basis
 from lightning_powersgd.compressor.passes import project, subtract_product
-from lightning_powersgd.compressor.plan import SIDES, Side, Slot, other_side
+from lightning_powersgd.compressor.plan import SIDES, Side, Slot, by_dtype, other_side
 from lightning_powersgd.compressor.view import as_matrix
 from lightning_powersgd.exchange.presence import messages_between_ranks
 
@@ -52,7 +52,7 @@ class Links:
         self._works: list[dist.Work] = []
         self._mailboxes = [
             Mailbox(same_dtype, parameters, weights, seed, process_group)
-            for same_dtype in (_by_dtype(slots) if weights else [])
+            for same_dtype in (by_dtype(slots) if weights else [])
         ]
 
     def go_on_from(self, previous: Links) -> None:
@@ -91,8 +91,12 @@ class Links:
             self._works = dist.batch_isend_irecv(operations) if operations else []
         return sum(mailbox.outgoing.nbytes for mailbox in self._mailboxes)
 
-    def finish(self) -> None:
-        """Receive the neighbours' products, move the model, and keep the difference as the next factor."""
+    def finish(self) -> int:
+        """Receive the neighbours' products, move the model, and keep the difference as the next factor.
+
+        Returns:
+            The bytes sent: none.
+        """
         with self._explained():
             while self._works:
                 self._works[0].wait()
@@ -100,6 +104,7 @@ class Links:
         for mailbox in self._mailboxes:
             mailbox.move(self._side)
         self._side = other_side(self._side)
+        return 0
 
     def abandon(self) -> None:
         """Let messages that are on their way arrive, without any effect, unless the neighbours do not send theirs."""
@@ -217,8 +222,3 @@ class Mailbox:
 
     def _matrix(self, slot: Slot) -> Tensor:
         return as_matrix(self._parameters[slot.name].detach(), slot.order, slot.split)
-
-
-def _by_dtype(slots: Iterable[Slot]) -> list[list[Slot]]:
-    slots = list(slots)
-    return [[slot for slot in slots if slot.dtype == dtype] for dtype in dict.fromkeys(slot.dtype for slot in slots)]

@@ -16,6 +16,9 @@ import networkx as nx
 import torch
 from torch import Tensor
 
+# The name of the topology without links, in which all ranks average together.
+ALL = "all"
+
 # How far rows of the mixing matrix may be from a sum of 1, and its halves from each other: rounding, not mistakes.
 _TOLERANCE = 1e-6
 
@@ -67,6 +70,8 @@ class Topology:
 
     def summary(self) -> str:
         """Say in one line what connects the ranks, and how well."""
+        if self.name == ALL:
+            return f"{self.world_size} ranks in a topology named {ALL!r}: they average together, without links"
         links, per_rank = self.links, 0.0
         for matrix in self.rounds:
             per_rank += 2 * int((matrix.triu(diagonal=1) > 0).sum()) / self.world_size / len(self.rounds)
@@ -196,6 +201,7 @@ TOPOLOGIES: dict[str, Callable[[int], list[nx.Graph]]] = {
     "one_peer_exponential": _one_peer,
     "star": _star,
     "complete": _complete,
+    ALL: _complete,
 }
 
 

@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_powersgd.compressor.parameters import require_values
 from lightning_powersgd.exchange.agreement import require_agreement
 from lightning_powersgd.exchange.gossip import GossipExchange, PowerGossipConfig
-from lightning_powersgd.exchange.topology import Topology, make_topology, require_known
+from lightning_powersgd.exchange.topology import ALL, Topology, make_topology, require_known
 from lightning_powersgd.lightning_types import _PATH, CheckpointIO, ClusterEnvironment, Precision, pl
 from lightning_powersgd.metrics.monitors import GossipMonitor
 from lightning_powersgd.strategies.arguments import documented
@@ -31,6 +31,9 @@ from lightning_powersgd.strategies.shared import SharedLifecycle, temporary_file
 
 # Of a message when the first rank gives its model to all, as DDP has it.
 _BROADCAST_BYTES = 250 * 2**20
+
+# Of what a rank needs beside its own model to go on with the same bits.
+_KEY = "powergossip"
 
 # The model's entries in a checkpoint: with `WeightAveraging` the first is its average over time, the second the model.
 _MODEL_STATES = ("state_dict", "current_model_state")
@@ -51,7 +54,8 @@ class PowerGossipStrategy(SharedLifecycle):
     Args:
         topology: who talks to whom: "ring", "torus", "hypercube", "exponential", "star", "complete", or
             "one_peer_exponential", with one neighbour a step, another in each; or pairs of linked ranks; or a networkx
-            graph of ranks. More links: ranks agree sooner, for more bytes.
+            graph of ranks. More links: ranks agree sooner, for more bytes. Experimental: "all", without links, in which
+            all ranks average their models together, in the same directions (low-rank averaging).
         weights: the mixing matrix, a row for each rank: symmetric, non-negative, rows that sum to 1, zero where there
             is no link. None takes Metropolis-Hastings weights.
         average_model: validate, test, predict with and save the average of the ranks' models, which then needs one
@@ -78,6 +82,7 @@ class PowerGossipStrategy(SharedLifecycle):
         iterations: int = 1,
         min_compression_ratio: float = 2.0,
         overlap: bool = False,
+        comm_dtype: str | None = None,
         weights: Sequence[Sequence[float]] | None = None,
         average_model: bool = True,
         seed: int = 0,
@@ -94,7 +99,10 @@ class PowerGossipStrategy(SharedLifecycle):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         require_known(topology)
-        self.config = PowerGossipConfig(rank, iterations, min_compression_ratio, overlap, seed)
+        self.config = PowerGossipConfig(rank, iterations, min_compression_ratio, overlap, comm_dtype, seed)
+        self.config.require_possible(topology)
+        if topology == ALL and weights is not None:
+            raise ValueError("`weights` are those of links, and `topology='all'` has none. Leave `weights` out.")
         if not isinstance(average_model, bool):
             raise TypeError(f"`average_model={average_model!r}` is not a bool. Use True or False.")
         super().__init__(
@@ -115,6 +123,7 @@ class PowerGossipStrategy(SharedLifecycle):
         self._topology: Topology | None = None
         self._exchanges: dict[Optimizer, GossipExchange] = {}
         self._resumed = False
+        self._saved_states: list[dict[str, Any]] = []
         self._average: AverageModel | None = None
 
     @property
@@ -140,11 +149,13 @@ class PowerGossipStrategy(SharedLifecycle):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         super().load_model_state_dict(checkpoint, strict)
         self._resumed = True
+        self._saved_states = checkpoint.get(_KEY, [])
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         fitting, resumed, self._resumed = trainer.state.fn == "fit", self._resumed, False
+        saved_states, self._saved_states = self._saved_states, []
         if fitting:
             require_values(self.lightning_module.named_parameters())
             self._exchanges = {}
@@ -161,10 +172,14 @@ class PowerGossipStrategy(SharedLifecycle):
         for optimizer in self.optimizers:
             self._exchange_of(optimizer)
         assert self._topology is not None
+        if self._topology.name == ALL:
+            for exchange, state in zip(self.exchanges, saved_states, strict=False):
+                exchange.load_state_dict(state)
         compressed = any(slot.rank for exchange in self.exchanges for slot in exchange.slots)
         say = rank_zero_info if compressed else rank_zero_warn
         named = self.lightning_module.named_parameters()
-        say(f"{self.config.summary(named)}. It connects {self._topology.summary()}.")
+        summary = self.config.summary(named, all_ranks=self._topology.name == ALL)
+        say(f"{summary}. It connects {self._topology.summary()}.")
 
     @override
     def configure_ddp(self) -> None:
@@ -228,6 +243,8 @@ class PowerGossipStrategy(SharedLifecycle):
 
     @override
     def complete_checkpoint(self, checkpoint: dict[str, Any], alone: bool) -> None:
+        if not self.average_model and self._graph == ALL and self._exchanges:
+            checkpoint[_KEY] = [exchange.state_dict() for exchange in self.exchanges]
         if not self.needs_all_ranks(checkpoint):
             return
         assert self._average is not None

@@ -22,6 +22,7 @@ SIZES = {
     "one_peer_exponential": (1, 2, 4, 8, 16),
     "star": (1, 2, 3, 4, 5, 8),
     "complete": (1, 2, 3, 4, 7, 8),
+    "all": (1, 2, 3, 4, 8),
 }
 NAMED = [(name, size) for name, sizes in SIZES.items() for size in sizes]
 
