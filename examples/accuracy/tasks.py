@@ -18,7 +18,7 @@ from text_transformer import ByteTransformer, TextDataModule
 from lightning_powersgd import PowerGossipStrategy, PowerSGDStrategy
 
 # Settings of the strategy by the name of the variant; `None` is plain DDP. Of `start_step`, the share of all steps.
-# What is no setting of PowerSGD's: "all_reduce", "alone", the settings of low-rank "averaging", and those of the "module".
+# Not of PowerSGD are "all_reduce", "alone", the settings of low-rank "averaging", and those of the "module".
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "DDP": None,
     "rank 1": {"rank": 1},
