@@ -57,9 +57,9 @@ class GradientExchange:
     Args:
         state: what is remembered between steps; updated in place.
         process_group: the ranks; ``None`` is the default group.
-        track_unused: set this where the source throws away the averaged gradient of a parameter that no rank's loss
+        follow_use_of: parameters by name, where the source throws away the averaged gradient of one that no rank's loss
             reached, as DDP does when it looks for unused parameters. Then its error stays where it is instead of being
-            sent.
+            sent. ``None`` where the loss reaches all of them.
         scaler: what the loss is scaled with; ``None`` if it is not.
         judges: the ranks that must judge alike whether a step was finite, beside those that average: the owners of the
             other shards of a sharded model, say. ``None`` where there are no others.
@@ -76,7 +76,7 @@ class GradientExchange:
         self,
         state: PowerSGDState,
         process_group: dist.ProcessGroup | None = None,
-        track_unused: bool = False,
+        follow_use_of: Mapping[str, Tensor] | None = None,
         scaler: Scaler | None = None,
         judges: dist.ProcessGroup | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class GradientExchange:
         self._device = state.device
         self._judges = judges
         self._loss_scale = LossScale(scaler, state)
-        self._track_unused = track_unused
+        self._follow_use_of = follow_use_of
         self._reached: ReachedParameters | None = None
         self._exact: list[ExactGroup] = []
         self._compressed: list[CompressedGroup] = []
@@ -270,9 +270,11 @@ class GradientExchange:
         state, plan = self.state, self.state.plan
         if self._reached is not None:
             self._reached.retire()
-        compressed = {slot.name: state.parameters[slot.name] for slot in plan.compressed}
-        self._names = set(compressed)
-        self._reached = ReachedParameters(compressed) if self._track_unused else None
+        self._names = {slot.name for slot in plan.compressed}
+        followed = self._follow_use_of
+        self._reached = None
+        if followed is not None:
+            self._reached = ReachedParameters({name: followed[name] for name in self._names})
         self._wires = Wires(self.process_group, state.device)
         self._exact = [ExactGroup(group, self._wires) for group in plan.groups]
         self._compressed = self._make_groups()

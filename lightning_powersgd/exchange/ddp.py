@@ -49,10 +49,12 @@ def attach_powersgd(
                 f"The embedding {name!r} has `sparse=True`, and PowerSGD needs dense gradients. Use `sparse=False`."
             )
     named = [item for item in ddp.module.named_parameters() if item[0] not in ddp.parameters_to_ignore]
+    state = PowerSGDState(named, config, group_bytes=ddp.bucket_bytes_cap)
+    looks_for_unused = ddp.find_unused_parameters and not ddp.static_graph
     exchange = GradientExchange(
-        PowerSGDState(named, config, group_bytes=ddp.bucket_bytes_cap),
+        state,
         ddp.process_group,
-        track_unused=ddp.find_unused_parameters and not ddp.static_graph,
+        follow_use_of=state.parameters if looks_for_unused else None,
         scaler=scaler,
     )
     ddp.register_comm_hook(DDPBuckets(exchange, guard_layouts), powersgd_hook)

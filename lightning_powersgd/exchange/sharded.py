@@ -1,0 +1,270 @@
+"""FSDP2 as a source of gradients: each shard is a matrix of its own, averaged over the replicas of the shard.
+
+A model is sharded over the devices of a machine (``fully_shard`` on a mesh of one dimension), and every machine holds a
+replica. In the backward pass FSDP reduce-scatters gradients inside the machine, exactly, and calls the sharded
+parameters' ``register_post_accumulate_grad_hook``: there a shard's gradient is taken in, and goes compressed between
+the machines, among the ranks that hold the same shard.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_powersgd.compressor.config import PowerSGDConfig
+from lightning_powersgd.compressor.parameters import parameter_name, require_values
+from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES
+from lightning_powersgd.compressor.state import PowerSGDState
+from lightning_powersgd.exchange.core import GradientExchange
+
+# FSDP2 calls hooks on sharded parameters since this version.
+_LEAST_TORCH = (2, 6)
+
+
+def attach_powersgd_to_shards(
+    model: nn.Module,
+    config: PowerSGDConfig,
+    replicas: dist.ProcessGroup | DeviceMesh,
+    judges: dist.ProcessGroup | None = None,
+    group_bytes: int = DEFAULT_GROUP_BYTES,
+) -> ShardedGradients:
+    """Make a model that FSDP2 has sharded exchange its gradients between replicas with PowerSGD.
+
+    Works without Lightning. Every rank must call it, after `fully_shard` and before the first forward pass.
+
+    Args:
+        model: sharded by `fully_shard` over a mesh of one dimension; also its root, so that no parameter is left out.
+        config: the settings. A rank is that of a shard.
+        replicas: the ranks that hold the same shard as this one, as a group or as a mesh of one dimension. Their
+            parameters must be equal.
+        judges: the ranks that hold a replica together with this one. ``None``: those of the model's mesh. With tensor
+            parallelism they are more, and must be given.
+        group_bytes: gradient bytes of a shard after which a group of parameters that travel together is closed.
+            Smaller: communication starts earlier, in more messages.
+
+    Returns:
+        What hands the gradients over; its ``exchange`` has the state that a checkpoint needs.
+
+    Raises:
+        RuntimeError: with a PyTorch below 2.6, or if replicas differ in the shapes of their shards.
+        ValueError: if the model is not sharded by FSDP2, or only in part, or over a mesh that replicates it already, or
+            if its shards are kept in main memory; if the shards do not fit the settings (see `PowerSGDState`).
+    """
+    sharded = _sharded_parameters(model)
+    shards = {name: _local(parameter).requires_grad_(parameter.requires_grad) for name, parameter in sharded.items()}
+    state = PowerSGDState(shards.items(), config, group_bytes, arrival=_arrival(model, shards))
+    if judges is None:
+        judges = next(parameter.device_mesh.get_group() for parameter in sharded.values())
+    exchange = GradientExchange(
+        state,
+        replicas.get_group() if isinstance(replicas, DeviceMesh) else replicas,
+        follow_use_of={name: sharded[name] for name in state.parameters},
+        judges=judges if dist.get_world_size(judges) > 1 else None,
+    )
+    return ShardedGradients(exchange, sharded)
+
+
+class ShardedGradients:
+    """Hands the gradients of shards to an exchange, as FSDP2's backward pass makes them.
+
+    How often the backward pass brings a parameter's gradient is learnt in the first pass that is synchronised, at the
+    end of which all gradients are taken in. From then on each is taken in when the last of its parts has come, so that
+    the exchange runs beside the rest of the pass.
+
+    A parameter that the loss does not reach has no gradient with FSDP2. Where another replica has one, it is given that
+    of the average; where none has, it stays without.
+
+    Args:
+        exchange: of the local shards.
+        parameters: the sharded parameters by name.
+
+    Attributes:
+        exchange: what averages the gradients.
+        synchronises: whether the next backward pass ends a step. Set it to False for passes whose gradients only
+            accumulate; these are reduced inside the machine all the same.
+    """
+
+    def __init__(self, exchange: GradientExchange, parameters: Mapping[str, DTensor]) -> None:
+        self.exchange = exchange
+        self.synchronises = True
+        self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+        self._expected: Counter[str] | None = None
+        self._arrived: Counter[str] = Counter()
+        self._taken: set[str] = set()
+        self._pass = -1
+        self._handles: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrive(name))  # type: ignore[no-untyped-call]
+            for name, parameter in self._parameters.items()
+        ]
+
+    def retire(self) -> None:
+        """Leave the gradients to FSDP2 again; the exchange keeps its state for a last checkpoint."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.exchange.retire()
+
+    def _arrive(self, name: str) -> None:
+        """Take note that a gradient, or a part of it, has come."""
+        if not self.synchronises:
+            return
+        # The number of the backward pass, since an exception may have broken off the one before.
+        number = torch._C._current_graph_task_id()
+        if number != self._pass:
+            self._begin_pass(number)
+        self._arrived[name] += 1
+        if name in self._taken:
+            raise RuntimeError(
+                f"The gradient of {name!r} came more often in this backward pass than in the ones before. PowerSGD"
+                " needs each sharded module to be run as often in every step."
+            )
+        if self._expected is not None and self._arrived[name] == self._expected[name]:
+            self._take(name)
+            self.exchange.advance()
+
+    def _begin_pass(self, number: int) -> None:
+        self._pass, self._arrived, self._taken = number, Counter(), set()
+        self._require_as_attached()
+        self.exchange.begin_step()
+        Variable._execution_engine.queue_callback(self._end_pass)
+
+    def _end_pass(self) -> None:
+        """Take in what is left, wait for the averages, and let parameters without a gradient have them."""
+        self._pass = -1
+        substitutes: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            if parameter.grad is None:
+                substitutes[name] = torch.zeros_like(_local(parameter))
+                self.exchange.take(self._shard(name), substitutes[name])
+            elif name not in self._taken:
+                self._take(name)
+        # Collectives must have one order on all ranks: now all groups have started on each of them.
+        self.exchange.advance()
+        used = self._ask_who_has(substitutes)
+        self.exchange.end_step()
+        self._expected = self._arrived
+        for name in used():
+            self._parameters[name].grad = _as_gradient(substitutes[name], self._parameters[name])
+
+    def _take(self, name: str) -> None:
+        gradient = self._parameters[name].grad
+        assert gradient is not None
+        self._taken.add(name)
+        self.exchange.take(self._shard(name), _local(gradient))
+
+    def _shard(self, name: str) -> Tensor:
+        return self.exchange.state.parameters[name]
+
+    def _ask_who_has(self, missing: Collection[str]) -> Callable[[], list[str]]:
+        """Ask which parameters have a gradient in any replica, and give what waits for the answer for those missing."""
+        there = [name not in missing for name in self._parameters]
+        flags = torch.tensor(there, dtype=torch.uint8, device=self.exchange.state.device)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.exchange.process_group, async_op=True)
+
+        def answer() -> list[str]:
+            if work is not None:
+                work.wait()
+            if not missing:
+                return []
+            return [
+                name for name, used in zip(self._parameters, flags.tolist(), strict=True) if used and name in missing
+            ]
+
+        return answer
+
+    def _require_as_attached(self) -> None:
+        frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
+        unfrozen = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
+        for name in frozen + unfrozen:
+            raise RuntimeError(
+                f"The parameter {name!r} was {'frozen' if name in frozen else 'unfrozen'} since PowerSGD was attached."
+                " Call `retire()`, attach it anew, and load the state of the exchange before."
+            )
+
+
+def _sharded_parameters(model: nn.Module) -> dict[str, DTensor]:
+    """Give the parameters of a sharded model by name, if PowerSGD can exchange their gradients.
+
+    Raises:
+        RuntimeError: with a PyTorch that is too old.
+        ValueError: naming what is not sharded, or not as it must be.
+    """
+    if torch.__version__ < _LEAST_TORCH:  # type: ignore[operator]
+        raise RuntimeError(f"Sharded models need PyTorch 2.6 or later, and this is {torch.__version__}. Update it.")
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    for name, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError(
+                f"The module {name!r} is wrapped in `FullyShardedDataParallel`, which cuts matrices anywhere. Shard it"
+                " with `torch.distributed.fsdp.fully_shard` instead."
+            )
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError("The model is not sharded. Call `fully_shard` on its layers and on itself first.")
+    parameters = {parameter_name(name): parameter for name, parameter in model.named_parameters()}
+    require_values(parameters.items())
+    for name, parameter in parameters.items():
+        if not isinstance(parameter, DTensor):
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"The parameter {name!r} is not sharded, so that nothing averages its gradient inside a machine."
+                    " Call `fully_shard` on the whole model, too."
+                )
+            continue
+        if parameter.placements[0].is_replicate():
+            raise ValueError(
+                f"The parameter {name!r} is replicated by FSDP already, on the mesh {parameter.device_mesh}: its"
+                " gradients would go between machines uncompressed. Call `fully_shard` with the mesh of one machine's"
+                ' devices only, such as `mesh["shard"]`, and give the other dimension as `replicas`.'
+            )
+        if parameter.device.type != parameter.device_mesh.device_type:
+            raise ValueError(
+                f"The parameter {name!r} is kept in main memory (`CPUOffloadPolicy`), where PowerSGD would be slow."
+                " Leave out the `offload_policy` of `fully_shard`."
+            )
+    return {name: parameter for name, parameter in parameters.items() if isinstance(parameter, DTensor)}
+
+
+def _arrival(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Order parameters as the backward pass makes their gradients: by sharded modules, the last first, the root's last.
+
+    FSDP2 reduces the gradients of a sharded module together. Those that belong to the root itself, such as the
+    embedding and the head, are reduced when the pass ends.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [parameter_name(name) for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    order = {unit: place for place, unit in enumerate(sorted(units, key=lambda unit: (unit == "", -units.index(unit))))}
+
+    def place_of(name: str) -> int:
+        inside = [unit for unit in units if not unit or name.startswith(f"{unit}.")]
+        return order[max(inside, key=len)]
+
+    return sorted(names, key=place_of)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Give this rank's shard, which shares memory with the whole."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().detach()
+
+
+def _as_gradient(shard: Tensor, parameter: DTensor) -> DTensor:
+    """Give this rank's shard of a gradient as the whole one, as the parameter is sharded."""
+    return DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
