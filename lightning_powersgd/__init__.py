@@ -3,7 +3,7 @@
 It works with `lightning` and with `pytorch_lightning`, and imports neither. With each that the program imports it
 registers the strategy names ``powersgd``, ``powersgd_spawn``, ``powersgd_fork`` and
 ``powersgd_notebook``, each also with the suffix ``_find_unused_parameters_true``; and ``powergossip`` with the first
-three endings.
+three endings; and ``powersgd_model_parallel``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from lightning_powersgd.metrics.compression import (
 )
 from lightning_powersgd.namespaces import in_use, when_imported
 from lightning_powersgd.planner.forecast import Forecast, LinkForecast, forecast_exchange
-from lightning_powersgd.strategies import fabric, powergossip, powersgd
+from lightning_powersgd.strategies import fabric, model_parallel, powergossip, powersgd
 from lightning_powersgd.version import __version__
 
 if TYPE_CHECKING:
+    from lightning_powersgd.exchange.sharded import ShardedGradients, attach_powersgd_to_shards
     from lightning_powersgd.metrics.monitors import CompressionMonitor, GossipMonitor
     from lightning_powersgd.strategies.fabric import PowerSGDFabricStrategy
+    from lightning_powersgd.strategies.model_parallel import PowerSGDModelParallelStrategy
     from lightning_powersgd.strategies.powergossip import PowerGossipStrategy
     from lightning_powersgd.strategies.powersgd import PowerSGDStrategy
 
@@ -45,6 +47,7 @@ _JOINED = {
         monitors.CompressionMonitor,
         monitors.GossipMonitor,
         fabric.PowerSGDFabricStrategy,
+        model_parallel.PowerSGDModelParallelStrategy,
         powergossip.PowerGossipStrategy,
         powersgd.PowerSGDStrategy,
     )
@@ -53,11 +56,17 @@ _JOINED = {
 when_imported(powersgd.PowerSGDStrategy, "strategies.StrategyRegistry")
 when_imported(fabric.PowerSGDFabricStrategy, "strategies.STRATEGY_REGISTRY")
 when_imported(powergossip.PowerGossipStrategy, "strategies.StrategyRegistry")
+when_imported(model_parallel.PowerSGDModelParallelStrategy, "strategies.StrategyRegistry")
 
 
 def __getattr__(name: str) -> Any:
     if name in _JOINED:
         return in_use(_JOINED[name])
+    if name in ("ShardedGradients", "attach_powersgd_to_shards"):
+        # What PyTorch needs for it takes a second to import, and older versions do not have it.
+        from lightning_powersgd.exchange import sharded
+
+        return getattr(sharded, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -77,12 +86,15 @@ __all__ = [
     "PowerGossipStrategy",
     "PowerSGDConfig",
     "PowerSGDFabricStrategy",
+    "PowerSGDModelParallelStrategy",
     "PowerSGDState",
     "PowerSGDStrategy",
     "ResidualRatio",
+    "ShardedGradients",
     "Topology",
     "__version__",
     "attach_powersgd",
+    "attach_powersgd_to_shards",
     "consensus_distance",
     "forecast_exchange",
     "make_plan",

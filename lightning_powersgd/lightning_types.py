@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from lightning.fabric.utilities.types import _PATH
     from lightning.pytorch import Callback
     from lightning.pytorch.plugins.precision import Precision
-    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
     from lightning.pytorch.strategies.strategy import TBroadcast
     from lightning.pytorch.utilities.types import STEP_OUTPUT
 else:
     pl = FabricAccelerator = CheckpointIO = ClusterEnvironment = FabricPrecision = _PATH = Precision = Any
     TBroadcast = STEP_OUTPUT = Any
-    Callback = DDPStrategy = FabricDDPStrategy = object
+    Callback = DDPStrategy = FabricDDPStrategy = ModelParallelStrategy = object
 
 __all__ = [
     "STEP_OUTPUT",
@@ -33,6 +33,7 @@ __all__ = [
     "FabricAccelerator",
     "FabricDDPStrategy",
     "FabricPrecision",
+    "ModelParallelStrategy",
     "Precision",
     "TBroadcast",
     "pl",

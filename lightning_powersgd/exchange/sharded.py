@@ -10,23 +10,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.parameters import parameter_name, require_values
 from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES
 from lightning_powersgd.compressor.state import PowerSGDState
+from lightning_powersgd.compressor.view import as_real
 from lightning_powersgd.exchange.core import GradientExchange
 
-# FSDP2 calls hooks on sharded parameters since this version.
-_LEAST_TORCH = (2, 6)
+# FSDP2 calls hooks on sharded parameters since then.
+if torch.__version__ < (2, 6):  # type: ignore[operator]
+    raise ImportError(f"Sharded models need PyTorch 2.6 or later, and this is {torch.__version__}. Update PyTorch.")
+
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 
 def attach_powersgd_to_shards(
@@ -54,12 +60,13 @@ def attach_powersgd_to_shards(
         What hands the gradients over; its ``exchange`` has the state that a checkpoint needs.
 
     Raises:
-        RuntimeError: with a PyTorch below 2.6, or if replicas differ in the shapes of their shards.
         ValueError: if the model is not sharded by FSDP2, or only in part, or over a mesh that replicates it already, or
             if its shards are kept in main memory; if the shards do not fit the settings (see `PowerSGDState`).
     """
     sharded = _sharded_parameters(model)
-    shards = {name: _local(parameter).requires_grad_(parameter.requires_grad) for name, parameter in sharded.items()}
+    shards = {
+        name: local_shard(parameter).requires_grad_(parameter.requires_grad) for name, parameter in sharded.items()
+    }
     state = PowerSGDState(shards.items(), config, group_bytes, arrival=_arrival(model, shards))
     if judges is None:
         judges = next(parameter.device_mesh.get_group() for parameter in sharded.values())
@@ -69,7 +76,7 @@ def attach_powersgd_to_shards(
         follow_use_of={name: sharded[name] for name in state.parameters},
         judges=judges if dist.get_world_size(judges) > 1 else None,
     )
-    return ShardedGradients(exchange, sharded)
+    return ShardedGradients(exchange, sharded, _roots(model), judges)
 
 
 class ShardedGradients:
@@ -85,6 +92,8 @@ class ShardedGradients:
     Args:
         exchange: of the local shards.
         parameters: the sharded parameters by name.
+        roots: the outermost modules that were sharded.
+        shards: the ranks that hold a replica together with this one.
 
     Attributes:
         exchange: what averages the gradients.
@@ -92,19 +101,31 @@ class ShardedGradients:
             accumulate; these are reduced inside the machine all the same.
     """
 
-    def __init__(self, exchange: GradientExchange, parameters: Mapping[str, DTensor]) -> None:
+    def __init__(
+        self,
+        exchange: GradientExchange,
+        parameters: Mapping[str, DTensor],
+        roots: Iterable[nn.Module],
+        shards: dist.ProcessGroup,
+    ) -> None:
         self.exchange = exchange
         self.synchronises = True
-        self._parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+        self.shards = shards
+        self.parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         self._frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
+        self.left_over: dict[str, Tensor] = {}
         self._expected: Counter[str] | None = None
         self._arrived: Counter[str] = Counter()
         self._taken: set[str] = set()
-        self._pass = -1
+        self._pass: int | None = None
+        self._opened_by_output = False
         self._handles: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrive(name))  # type: ignore[no-untyped-call]
-            for name, parameter in self._parameters.items()
+            for name, parameter in self.parameters.items()
         ]
+        # After those of FSDP2, which queues the end of its backward pass when the pass comes to the model's output.
+        watch = torch.compiler.disable(self._watch)  # type: ignore[no-untyped-call]
+        self._handles += [root.register_forward_hook(watch) for root in roots]
 
     def retire(self) -> None:
         """Leave the gradients to FSDP2 again; the exchange keeps its state for a last checkpoint."""
@@ -113,14 +134,34 @@ class ShardedGradients:
         self._handles = []
         self.exchange.retire()
 
+    def _watch(self, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002  # a forward hook's arguments
+        """Let a backward pass begin at the output of a forward pass."""
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and value.requires_grad:
+                value.register_hook(self._at_output)  # type: ignore[no-untyped-call]
+
+    def _at_output(self, _: Tensor) -> None:
+        if self.synchronises:
+            self._open_pass()
+            self._opened_by_output = True
+
+    def _open_pass(self) -> None:
+        """Begin a backward pass, if it is another one than before, which an exception may have broken off."""
+        number = torch._C._current_graph_task_id()
+        if number != self._pass:
+            self._pass, self._arrived, self._taken = number, Counter(), set()
+            self._opened_by_output = False
+            self._require_as_attached()
+            self.exchange.begin_step()
+            Variable._execution_engine.queue_callback(self._end_pass)
+
     def _arrive(self, name: str) -> None:
         """Take note that a gradient, or a part of it, has come."""
         if not self.synchronises:
             return
-        # The number of the backward pass, since an exception may have broken off the one before.
-        number = torch._C._current_graph_task_id()
-        if number != self._pass:
-            self._begin_pass(number)
+        # Where blocks are recomputed, parts of a pass may have numbers of their own.
+        if not self._opened_by_output:
+            self._open_pass()
         self._arrived[name] += 1
         if name in self._taken:
             raise RuntimeError(
@@ -131,19 +172,13 @@ class ShardedGradients:
             self._take(name)
             self.exchange.advance()
 
-    def _begin_pass(self, number: int) -> None:
-        self._pass, self._arrived, self._taken = number, Counter(), set()
-        self._require_as_attached()
-        self.exchange.begin_step()
-        Variable._execution_engine.queue_callback(self._end_pass)
-
     def _end_pass(self) -> None:
         """Take in what is left, wait for the averages, and let parameters without a gradient have them."""
-        self._pass = -1
+        self._pass, self._opened_by_output = None, False
         substitutes: dict[str, Tensor] = {}
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             if parameter.grad is None:
-                substitutes[name] = torch.zeros_like(_local(parameter))
+                substitutes[name] = torch.zeros_like(local_shard(parameter))
                 self.exchange.take(self._shard(name), substitutes[name])
             elif name not in self._taken:
                 self._take(name)
@@ -153,20 +188,23 @@ class ShardedGradients:
         self.exchange.end_step()
         self._expected = self._arrived
         for name in used():
-            self._parameters[name].grad = _as_gradient(substitutes[name], self._parameters[name])
+            self.parameters[name].grad = as_sharded(substitutes[name], self.parameters[name])
 
     def _take(self, name: str) -> None:
-        gradient = self._parameters[name].grad
+        gradient = self.parameters[name].grad
         assert gradient is not None
         self._taken.add(name)
-        self.exchange.take(self._shard(name), _local(gradient))
+        shard = local_shard(gradient)
+        if name in self.left_over:
+            shard.add_(self.left_over.pop(name))
+        self.exchange.take(self._shard(name), shard)
 
     def _shard(self, name: str) -> Tensor:
         return self.exchange.state.parameters[name]
 
     def _ask_who_has(self, missing: Collection[str]) -> Callable[[], list[str]]:
         """Ask which parameters have a gradient in any replica, and give what waits for the answer for those missing."""
-        there = [name not in missing for name in self._parameters]
+        there = [name not in missing for name in self.parameters]
         flags = torch.tensor(there, dtype=torch.uint8, device=self.exchange.state.device)
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.exchange.process_group, async_op=True)
 
@@ -176,13 +214,13 @@ class ShardedGradients:
             if not missing:
                 return []
             return [
-                name for name, used in zip(self._parameters, flags.tolist(), strict=True) if used and name in missing
+                name for name, used in zip(self.parameters, flags.tolist(), strict=True) if used and name in missing
             ]
 
         return answer
 
     def _require_as_attached(self) -> None:
-        frozen = [name for name, parameter in self._parameters.items() if not parameter.requires_grad]
+        frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
         unfrozen = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
         for name in frozen + unfrozen:
             raise RuntimeError(
@@ -195,13 +233,8 @@ def _sharded_parameters(model: nn.Module) -> dict[str, DTensor]:
     """Give the parameters of a sharded model by name, if PowerSGD can exchange their gradients.
 
     Raises:
-        RuntimeError: with a PyTorch that is too old.
         ValueError: naming what is not sharded, or not as it must be.
     """
-    if torch.__version__ < _LEAST_TORCH:  # type: ignore[operator]
-        raise RuntimeError(f"Sharded models need PyTorch 2.6 or later, and this is {torch.__version__}. Update it.")
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
     for name, module in model.named_modules():
         if isinstance(module, FullyShardedDataParallel):
             raise ValueError(
@@ -240,8 +273,6 @@ def _arrival(model: nn.Module, names: Iterable[str]) -> list[str]:
     FSDP2 reduces the gradients of a sharded module together. Those that belong to the root itself, such as the
     embedding and the head, are reduced when the pass ends.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     units = [parameter_name(name) for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     order = {unit: place for place, unit in enumerate(sorted(units, key=lambda unit: (unit == "", -units.index(unit))))}
 
@@ -252,15 +283,31 @@ def _arrival(model: nn.Module, names: Iterable[str]) -> list[str]:
     return sorted(names, key=place_of)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _roots(model: nn.Module) -> list[nn.Module]:
+    """Give the sharded modules that are not part of another one."""
+    units = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    inner = {name for name in units for other in units if name != other and (not other or name.startswith(f"{other}."))}
+    return [module for name, module in model.named_modules() if name in units.keys() - inner]
+
+
+def local_shard(tensor: Tensor) -> Tensor:
     """Give this rank's shard, which shares memory with the whole."""
     assert isinstance(tensor, DTensor)
     return tensor.to_local().detach()
 
 
-def _as_gradient(shard: Tensor, parameter: DTensor) -> DTensor:
-    """Give this rank's shard of a gradient as the whole one, as the parameter is sharded."""
-    return DTensor.from_local(
+def give_the_first_replicas(model: nn.Module, replicas: dist.ProcessGroup) -> None:
+    """Give all replicas of a sharded model the first one's parameters and buffers, as DDP does."""
+    first = dist.get_global_rank(replicas, 0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        shard = local_shard(tensor) if isinstance(tensor, DTensor) else tensor.detach()
+        if shard.numel():
+            dist.broadcast(as_real(shard), first, group=replicas)
+
+
+def as_sharded(shard: Tensor, parameter: DTensor) -> DTensor:
+    """Take this rank's shard of a tensor for the whole, which is sharded as a parameter of its shape is."""
+    whole: DTensor = DTensor.from_local(
         shard,
         parameter.device_mesh,
         parameter.placements,
@@ -268,3 +315,4 @@ def _as_gradient(shard: Tensor, parameter: DTensor) -> DTensor:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
+    return whole

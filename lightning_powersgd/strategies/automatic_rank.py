@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -14,13 +14,15 @@ from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.plan import make_plan
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.turnaround import DEFAULT_TURNAROUND, turnaround_for
+from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.lightning_types import pl
+from lightning_powersgd.strategies.advice import warn_of_muon
 
 # What a training is taken for of which it is not known how long it will be.
 _ASSUMED_STEPS = 10_000
 
 
-def is_open(config: PowerSGDConfig) -> bool:
+def _is_open(config: PowerSGDConfig) -> bool:
     """Whether ranks are left to the length of the training."""
     return config.automatic and config.turnaround is None and config.max_bytes is None
 
@@ -33,7 +35,7 @@ def length_of(trainer: pl.Trainer) -> float:
     return math.inf
 
 
-def settled(config: PowerSGDConfig, steps: float, optimizers: Iterable[Optimizer]) -> PowerSGDConfig:
+def _settled(config: PowerSGDConfig, steps: float, optimizers: Iterable[Optimizer]) -> PowerSGDConfig:
     """Give settings with the turnaround that a training asks for.
 
     Args:
@@ -48,6 +50,25 @@ def settled(config: PowerSGDConfig, steps: float, optimizers: Iterable[Optimizer
             " `max_steps` or `max_epochs` to the trainer, or a `turnaround` or a `rank` to the strategy."
         )
     return replace(config, turnaround=turnaround_for(steps if known else _ASSUMED_STEPS, optimizers))
+
+
+def settle_ranks(exchange: GradientExchange, trainer: pl.Trainer, optimizers: Sequence[Optimizer]) -> None:
+    """Settle ranks that are left to the length of the training, and say what is compressed, when training starts.
+
+    Every rank must call it, after a checkpoint was loaded, whose ranks are kept.
+
+    Args:
+        exchange: of the training.
+        trainer: whose data are set up.
+        optimizers: of the training.
+    """
+    state, steps = exchange.state, length_of(trainer)
+    if _is_open(state.config):
+        config = _settled(state.config, steps, optimizers)
+        # The first rank's, since ranks may have unequal numbers of batches.
+        exchange.configure(replace(config, turnaround=trainer.strategy.broadcast(config.turnaround)))
+    say_what_is_compressed(state, steps)
+    warn_of_muon(optimizers, state)
 
 
 def say_what_is_compressed(state: PowerSGDState, steps: float = math.inf) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
 
@@ -24,9 +23,9 @@ from lightning_powersgd.exchange.ddp import attach_powersgd
 from lightning_powersgd.exchange.loss_scale import Scaler
 from lightning_powersgd.lightning_types import STEP_OUTPUT, CheckpointIO, ClusterEnvironment, Precision, pl
 from lightning_powersgd.metrics.monitors import CompressionMonitor
-from lightning_powersgd.strategies.advice import GradientHooks, needs_exact_gradients, warn_of_muon
+from lightning_powersgd.strategies.advice import GradientHooks, needs_exact_gradients
 from lightning_powersgd.strategies.arguments import ddp_arguments, documented
-from lightning_powersgd.strategies.automatic_rank import is_open, length_of, say_what_is_compressed, settled
+from lightning_powersgd.strategies.automatic_rank import settle_ranks
 from lightning_powersgd.strategies.checkpoint import CHECKPOINT_KEY, ERRORS_NOT_SAVED, load_exchange
 from lightning_powersgd.strategies.equal_ranks import describe_exchange
 from lightning_powersgd.strategies.replicas import ReplicaCheck
@@ -241,14 +240,7 @@ class PowerSGDStrategy(SharedLifecycle):
         if self._exchange is None:
             return
         assert self.lightning_module is not None
-        # Now that the data are there and a checkpoint, whose ranks would be kept, has been loaded.
-        state, steps = self._exchange.state, length_of(self.lightning_module.trainer)
-        if is_open(state.config):
-            config = settled(state.config, steps, self.optimizers)
-            # The first rank's, since ranks may have unequal numbers of batches.
-            self._exchange.configure(replace(config, turnaround=self.broadcast(config.turnaround)))
-        say_what_is_compressed(state, steps)
-        warn_of_muon(self.optimizers, state)
+        settle_ranks(self._exchange, self.lightning_module.trainer, self.optimizers)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -17,13 +18,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_powersgd import PowerSGDConfig
 from lightning_powersgd.compressor.basis import random_factor
-from lightning_powersgd.exchange.sharded import ShardedGradients, attach_powersgd_to_shards
 
 if torch.__version__ < (2, 6):
     pytest.skip("sharded models need torch 2.6", allow_module_level=True)
 
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+
+from lightning_powersgd.exchange import sharded as sharded_module
+from lightning_powersgd.exchange.sharded import ShardedGradients, attach_powersgd_to_shards
 
 TOKENS, WIDTH = 20, 16
 
@@ -44,10 +47,10 @@ class Net(nn.Module):
     """Blocks between an embedding and a head, which belong to the root.
 
     Args:
-        checkpointed: recompute the blocks in the backward pass.
+        checkpointed: how to recompute the blocks in the backward pass, if at all.
     """
 
-    def __init__(self, checkpointed: bool = False) -> None:
+    def __init__(self, checkpointed: str = "") -> None:
         super().__init__()
         self.embedding, self.head = nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, TOKENS)
         self.blocks = nn.ModuleList(Block() for _ in range(4))
@@ -60,7 +63,11 @@ class Net(nn.Module):
         h = self.embedding(x)
         for block in self.blocks:
             for _ in range(self.times):
-                h = checkpoint(block, h, use_reentrant=False) if self.checkpointed else block(h)
+                h = (
+                    checkpoint(block, h, use_reentrant="reentrant" in self.checkpointed)
+                    if self.checkpointed
+                    else block(h)
+                )
         if self.uses_spare:
             h = h + self.spare(h)
         return self.head(h)
@@ -216,17 +223,20 @@ def _one_matrix() -> list[tuple[Tensor, Tensor]]:
     return seen
 
 
-@pytest.mark.parametrize("variant", ["checkpointed", "compiled", "columns", "bfloat16", "run twice"])
+@pytest.mark.parametrize(
+    "variant", ["checkpointed", "checkpointed, reentrant", "compiled", "columns", "bfloat16", "run twice"]
+)
 def test_what_models_do(four_ranks, variant):
     if variant == "compiled" and not torch.backends.cpu.get_cpu_capability():
         pytest.skip("no compiler")
-    for agree, apart, compressed in four_ranks.run(_vary, variant):
+    for agree, steps, apart, compressed in four_ranks.run(_vary, variant):
         assert agree
+        assert steps == 4
         assert apart < 0.3
         assert compressed > 5
 
 
-def _vary(variant: str) -> tuple[bool, float, int]:
+def _vary(variant: str) -> tuple[bool, int, float, int]:
     mesh = mesh_of()
     options: dict[str, Any] = {}
     if variant == "columns":
@@ -234,7 +244,7 @@ def _vary(variant: str) -> tuple[bool, float, int]:
 
     def make(mesh: DeviceMesh) -> Net:
         torch.manual_seed(0)
-        net = Net(checkpointed=variant == "checkpointed")
+        net = Net(checkpointed=variant if "checkpointed" in variant else "")
         net.times = 2 if variant == "run twice" else 1
         if variant == "bfloat16":
             net = net.bfloat16()
@@ -249,7 +259,8 @@ def _vary(variant: str) -> tuple[bool, float, int]:
     train(native, steps=4)
     train(net, steps=4)
     apart = max(float((full(native)[name] - value).norm() / value.norm()) for name, value in full(net).items())
-    return replicas_agree(net, mesh), apart, len(list(exchange.state.plan.compressed))
+    state = exchange.state
+    return replicas_agree(net, mesh), state.step, apart, len(list(state.plan.compressed))
 
 
 # Unused parameters, and passes that break off
@@ -479,7 +490,6 @@ def _misfit(case: str) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     mesh, net = mesh_of(), Net()
-    old: Any = contextlib.nullcontext()
     if case == "root left out":
         for block in net.blocks:
             fully_shard(block, mesh=mesh["shard"])
@@ -488,10 +498,10 @@ def _misfit(case: str) -> None:
     elif case == "FSDP1":
         net.spare = FullyShardedDataParallel(net.spare, mesh["shard"].get_group(), device_id=torch.device("cpu"))
     elif case == "old torch":
-        old = mock.patch.object(torch, "__version__", torch.torch_version.TorchVersion("2.5.1"))
+        with mock.patch.object(torch, "__version__", torch.torch_version.TorchVersion("2.5.1")):
+            importlib.reload(sharded_module)
     elif case == "on meta":
         with torch.device("meta"):
             net = Net()
         net = sharded(mesh["shard"], net)
-    with old:
-        attach(net, mesh)
+    attach(net, mesh)

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from models import Classifier
 from terminal import run
 
-from lightning_powersgd import PowerGossipStrategy, PowerSGDStrategy
+from lightning_powersgd import PowerGossipStrategy, PowerSGDModelParallelStrategy, PowerSGDStrategy
 
 # LightningCLI itself uses what jsonargparse has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -49,12 +49,13 @@ def test_torchrun(tmp_path):
 def strategy_of(monkeypatch):
     """Give the strategy that a LightningCLI makes of a command line."""
 
-    def make(args: list[str]) -> PowerSGDStrategy | PowerGossipStrategy:
+    def make(args: list[str]) -> PowerSGDStrategy | PowerGossipStrategy | PowerSGDModelParallelStrategy:
         common = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.logger=false"]
         monkeypatch.setattr(sys, "argv", ["train.py", *common, *args])
         cli = LightningCLI(Classifier, run=False, save_config_callback=None, seed_everything_default=0)
-        assert isinstance(cli.trainer.strategy, PowerSGDStrategy | PowerGossipStrategy)
-        return cli.trainer.strategy
+        strategy = cli.trainer.strategy
+        assert isinstance(strategy, PowerSGDStrategy | PowerGossipStrategy | PowerSGDModelParallelStrategy)
+        return strategy
 
     return make
 
@@ -106,6 +107,18 @@ def test_arguments_of_ddp_arrive_too(strategy_of):
     strategy = strategy_of([*flags, "--trainer.strategy.bucket_cap_mb=5", "--trainer.strategy.timeout=0:10:00"])
     assert strategy._ddp_kwargs["find_unused_parameters"] is True
     assert strategy._ddp_kwargs["bucket_cap_mb"] == 5
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="sharded models need torch 2.6")
+def test_the_strategy_for_sharded_models_is_made_by_name_flag_and_yaml(strategy_of, tmp_path):
+    for form in (["--trainer.strategy=powersgd_model_parallel"], write_yaml(tmp_path, "powersgd_model_parallel")):
+        assert strategy_of(form).config == PowerSGDModelParallelStrategy().config
+    name = "PowerSGDModelParallelStrategy"
+    flags = [f"--trainer.strategy={name}", "--trainer.strategy.rank=4", "--trainer.strategy.replicas=2"]
+    in_yaml = {"class_path": f"lightning_powersgd.{name}", "init_args": {"rank": 4, "replicas": 2}}
+    for form in (flags, write_yaml(tmp_path, in_yaml)):
+        strategy = strategy_of(form)
+        assert (strategy.config.rank, strategy.replicas) == (4, 2)
 
 
 @pytest.mark.parametrize(("flag", "message"), [("rank=0", "below 1"), ("no_such=1", "no_such"), ("rank=x", "rank")])
