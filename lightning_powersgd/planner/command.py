@@ -138,7 +138,19 @@ def _add_plan(commands: Any) -> _Parser:
         help=f"such as 1gbit or 400mbit; repeat it for more (default {' '.join(DEFAULT_LINKS)})",
     )
     network.add_argument(
-        "--world-size", type=int, default=8, metavar="W", help="number of processes (default %(default)s)"
+        "--world-size",
+        "--nodes",
+        type=int,
+        default=8,
+        metavar="W",
+        help="number of processes; of a sharded model, of machines with a replica each (default %(default)s)",
+    )
+    network.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        metavar="S",
+        help="devices of a machine that the model is sharded over: figures are those of one of them",
     )
     network.add_argument(
         "--latency",
@@ -197,6 +209,7 @@ def _forecast(arguments: argparse.Namespace) -> Forecast:
             latency=arguments.latency,
             compress_seconds=arguments.compress_seconds,
             device=arguments.device,
+            shards=arguments.shards,
         )
 
 
@@ -206,7 +219,10 @@ def _title(forecast: Forecast, arguments: argparse.Namespace) -> str:
     options = f", {arguments.steps:,} steps" if arguments.steps is not None else ""
     options += ", alternating" if arguments.alternate else ""
     options += f", {arguments.comm_dtype} on the wire" if arguments.comm_dtype else ""
-    return f"{name}, rank {ranks}{options}, {forecast.world_size} processes"
+    where = f"{forecast.world_size} processes"
+    if forecast.shards > 1:
+        where = f"one of {forecast.shards} devices in each of {forecast.world_size} machines"
+    return f"{name}, rank {ranks}{options}, {where}"
 
 
 def _turnaround(arguments: argparse.Namespace) -> float | None:

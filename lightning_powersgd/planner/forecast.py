@@ -120,6 +120,8 @@ class Forecast:
         latency: seconds of a message between neighbours, beside the time of its bytes.
         compress_seconds: that PowerSGD's arithmetic takes in a step.
         measured_on: the device that this was measured on; ``None`` if it was given.
+        shards: devices that a replica is sharded over. All figures are those of one of them, the first.
+        along_longest: what a device sends if each parameter is sharded along its longest dimension, if it can be.
     """
 
     config: PowerSGDConfig
@@ -131,6 +133,8 @@ class Forecast:
     latency: float
     compress_seconds: float
     measured_on: str | None
+    shards: int = 1
+    along_longest: float | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -146,6 +150,19 @@ class Forecast:
     def compression_ratio(self) -> float:
         """``dense_bytes / sent_bytes``."""
         return self.dense_bytes / self.sent_bytes
+
+    @property
+    def bytes_in_node(self) -> int:
+        """Bytes that a device sends inside its machine in a step: FSDP gathers parameters twice, and reduces once."""
+        return 3 * (self.shards - 1) * self.dense_bytes
+
+    @property
+    def error_bytes(self) -> int:
+        """Bytes of the error buffers of a device."""
+        if not self.config.error_feedback:
+            return 0
+        dtype = self.config.error_dtype
+        return sum(slot.numel * (dtype or slot.dtype).itemsize for slot in self.plan.compressed)
 
     @property
     def payloads(self) -> tuple[float, ...]:
@@ -208,6 +225,7 @@ def forecast_exchange(
     latency: float = DEFAULT_LATENCY,
     compress_seconds: float | None = None,
     device: torch.device | str | None = None,
+    shards: int = 1,
 ) -> Forecast:
     """Forecast what PowerSGD will bring to a model, before it is trained.
 
@@ -219,17 +237,19 @@ def forecast_exchange(
         model: a module, on any device, the meta device included; its named parameters, of which the frozen ones take no
             part; or a state dict (see `parameters_of`).
         config: the settings; ``None`` is their defaults.
-        world_size: number of ranks. Several on one machine count one by one: a ring leaves the machine once.
+        world_size: number of ranks. Several on one machine count one by one: a ring leaves the machine once. Of a
+            sharded model, the number of replicas.
         latency: seconds of a message between neighbours, beside the time of its bytes. Higher: many small collectives
             cost more.
         compress_seconds: that the arithmetic takes in a step; ``None`` measures it (see `measure_compression`).
         device: where to measure; ``None`` is CUDA if there is a GPU, else the CPU with PyTorch's number of threads.
+        shards: devices that a replica is sharded over by FSDP, along the first dimension of each parameter.
 
     Returns:
         The forecast; `Forecast.over` gives the times over a link.
 
     Raises:
-        TypeError: if ``world_size`` is not an integer.
+        TypeError: if ``world_size`` or ``shards`` is not an integer.
         ValueError: if there is nothing to exchange, shapes are not known yet, a trainable parameter is of a dtype in
             which gradients cannot be averaged, an argument is out of range, a pattern of ``config.rank`` matches no
             parameter, or the device has too little memory left to measure on it.
@@ -242,7 +262,9 @@ def forecast_exchange(
         raise ValueError(f"`latency={latency!r}` is not a time. Give seconds, such as 0.0001.")
     if compress_seconds is not None and not 0 <= compress_seconds <= _LONGEST_SECONDS:
         raise ValueError(f"`compress_seconds={compress_seconds!r}` is not a time. Give seconds, or None to measure it.")
-    named = parameters_of(model)
+    require_int("shards", shards, minimum=1, remedy="Use 1 if the model is not sharded.")
+    whole = parameters_of(model)
+    named = [(name, _shard(parameter, shards)) for name, parameter in whole]
     trainable = [parameter_name(name) for name, parameter in named if parameter.requires_grad]
     if not any(parameter.numel() for _, parameter in named if parameter.requires_grad):
         raise ValueError("The model has no trainable parameter, so there are no gradients to exchange.")
@@ -276,7 +298,28 @@ def forecast_exchange(
         latency=float(latency),
         compress_seconds=float(compress_seconds),
         measured_on=measured_on,
+        shards=shards,
+        along_longest=None if shards == 1 else _sent_along_longest(whole, config, shards),
     )
+
+
+def _shard(parameter: Tensor, shards: int, dimension: int = 0) -> Tensor:
+    """Give what the first of several devices holds of a parameter, on the meta device."""
+    if shards == 1 or not parameter.dim():
+        return parameter
+    shape = list(parameter.shape)
+    shape[dimension] = -(-shape[dimension] // shards)
+    return torch.empty(shape, dtype=parameter.dtype, device="meta", requires_grad=parameter.requires_grad)
+
+
+def _sent_along_longest(named: Iterable[tuple[str, Tensor]], config: PowerSGDConfig, shards: int) -> float:
+    placed = []
+    for name, parameter in named:
+        longest = max(range(parameter.dim()), key=lambda axis: parameter.shape[axis], default=0)
+        # FSDP2 pads the first dimension only.
+        fits = parameter.dim() and parameter.shape[longest] % shards == 0
+        placed.append((name, _shard(parameter, shards, longest if fits else 0)))
+    return make_plan(placed, config).sent_bytes(alternate=config.alternate)
 
 
 def _bucket_bytes(parameters: Sequence[Slot]) -> list[int]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_powersgd.planner.forecast import Forecast, LinkForecast
-from lightning_powersgd.planner.units import format_seconds
+from lightning_powersgd.planner.units import format_bytes, format_ratio, format_seconds
 from lightning_powersgd.version import __version__
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def to_json(forecast: Forecast, links: Sequence[LinkForecast], step_seconds: flo
         "lightning_powersgd": __version__,
         "settings": {name: None if value == math.inf else value for name, value in settings.items()},
         "world_size": forecast.world_size,
+        "shards": forecast.shards,
         "latency_seconds": forecast.latency,
         "step_seconds": step_seconds,
         "compress_seconds": forecast.compress_seconds,
@@ -44,6 +45,9 @@ def to_json(forecast: Forecast, links: Sequence[LinkForecast], step_seconds: flo
             "sent_bytes": forecast.sent_bytes,
             "compression_ratio": forecast.compression_ratio,
             "turnaround_steps": forecast.plan.turnaround(alternate=alternate),
+            "error_bytes": forecast.error_bytes,
+            "bytes_in_node": forecast.bytes_in_node,
+            "sent_bytes_along_longest": forecast.along_longest,
             "dense_payloads": list(forecast.dense_payloads),
             "payloads": list(forecast.payloads),
         },
@@ -114,6 +118,8 @@ def print_report(
             "yellow",
         )
         return
+    for line in _of_shards(forecast):
+        say(line)
     say(
         f"Each direction of a gradient has its turn within about {forecast.plan.turnaround(alternate=alternate):,.0f}"
         " steps. Accuracy asks for a training that is many times as long: docs/accuracy.md has figures."
@@ -141,3 +147,22 @@ def print_report(
         f" PowerSGD {len(forecast.payloads)}. {LEFT_OUT}",
         "dim",
     )
+
+
+def _of_shards(forecast: Forecast) -> Iterator[str]:
+    """Say what there is to say of a sharded model."""
+    if forecast.shards == 1:
+        return
+    yield (
+        f"That is what a device sends between machines. Inside its machine it sends"
+        f" {format_bytes(forecast.bytes_in_node)} a step, as FSDP does without PowerSGD, and its error buffers take"
+        f" {format_bytes(forecast.error_bytes)}."
+    )
+    sent = forecast.along_longest
+    if sent is not None and sent < 0.95 * forecast.sent_bytes:
+        yield (
+            f"Sharded along the longest dimension of each parameter it would send {format_bytes(sent)}"
+            f" ({format_ratio(forecast.dense_bytes / sent)}): fully_shard(..., shard_placement_fn=lambda p:"
+            " Shard(max(range(p.dim()), key=lambda axis: p.shape[axis]))), where that dimension is divisible by"
+            f" {forecast.shards}."
+        )

@@ -30,6 +30,7 @@ EXPECTED = {
         "PowerGossip",
     ],
     "gossip": ["whole models", "rank 2"],
+    "sharded": ["no exchange", "hybrid sharding", "PowerSGD, rank 2"],
     "kernel": ["256x256", "200 small layers"],
     "memory": ["PyTorch's hook", "PowerSGD full", "PowerSGD alternating", "PowerSGD full, bfloat16 errors"],
     "scale": [

@@ -27,6 +27,7 @@ SHORTER = {
     "plain_python.py": "",
     "hydra_config.py": "+trainer.fast_dev_run=true",
     "text_transformer.py": "--trainer.fast_dev_run=true --model.width=64 --data.eval_windows=50",
+    "sharded_text_transformer.py": "--trainer.fast_dev_run=true --model.width=64 --data.eval_windows=50",
     "decentralized.py": "--trainer.devices=2 --trainer.fast_dev_run=true",
     "gan.py": "--trainer.max_epochs=1 --trainer.limit_train_batches=4",
 }

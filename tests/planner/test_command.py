@@ -179,6 +179,7 @@ def test_json_is_the_forecast(plan, monkeypatch):
         "target",
         "settings",
         "world_size",
+        "shards",
         "latency_seconds",
         "step_seconds",
         "compress_seconds",
@@ -205,6 +206,9 @@ def test_json_is_the_forecast(plan, monkeypatch):
         "sent_bytes": 500,
         "compression_ratio": 20_200 / 500,
         "turnaround_steps": 50,
+        "error_bytes": expected.error_bytes,
+        "bytes_in_node": 0,
+        "sent_bytes_along_longest": None,
         "dense_payloads": [20_200],
         "payloads": [200, 300],
     }
@@ -423,6 +427,12 @@ def test_without_a_gpu_cuda_is_refused(refused, zoo, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(f"{__name__}.GIVEN", [])
     assert "torch finds no GPU" in refused("zoo:Fixed", "--device=cuda", "--json")
+
+
+def test_a_sharded_model(plan):
+    printed = plan("zoo:Fixed", "--rank=2", "--shards=2", "--nodes=4", "--compress-seconds=0")
+    assert "one of 2 devices in each of 4 machines" in printed
+    assert "That is what a device sends between machines" in printed
 
 
 def _without(*packages: str):

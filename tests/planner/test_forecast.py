@@ -165,6 +165,22 @@ def test_a_model_may_be_described_in_several_ways():
     assert [slot.name for slot in by_state.parameters] == [name for name, _ in module.named_parameters()]
 
 
+def test_a_sharded_model_is_forecast_for_the_first_of_its_devices():
+    model = nn.ModuleDict({"wide": nn.Linear(4096, 30, bias=False), "tall": nn.Linear(64, 4096)})
+    config = PowerSGDConfig(rank=2, min_compression_ratio=1)
+    result = forecast_exchange(model, config, world_size=2, compress_seconds=0, shards=4)
+    assert [slot.shape for slot in result.parameters] == [(8, 4096), (1024, 64), (1024,)]
+    assert result.dense_bytes == 4 * (8 * 4096 + 1024 * 64 + 1024)
+    assert result.sent_bytes == 4 * (2 * (8 + 4096) + 2 * (1024 + 64) + 1024)
+    # Two gathers and a reduction, each of three quarters of the model.
+    assert result.bytes_in_node == 3 * 3 * result.dense_bytes
+    assert result.error_bytes == 4 * (8 * 4096 + 1024 * 64)
+    # Of 30 × 4096 each of four devices then has 30 × 1024.
+    assert result.along_longest == 4 * (2 * (30 + 1024) + 2 * (1024 + 64) + 1024)
+    whole = forecast_exchange(model, config, compress_seconds=0)
+    assert (whole.shards, whole.bytes_in_node, whole.along_longest) == (1, 0, None)
+
+
 def test_a_link_carries_a_bit_to_an_exabit_a_second():
     assert [parse_rate(text) for text in ("1bit", "1000000tbit")] == [1, 1e18]
     for text in ("0.999bit", "1000001tbit", "0." + 320 * "0" + "1gbit", "1" + 400 * "0" + "bit"):
@@ -186,6 +202,7 @@ def test_a_gpu_that_is_full_is_named(monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"world_size": 1}, ValueError, "`world_size=1` is below 2. A single rank has nobody"),
+        ({"shards": 0}, ValueError, "`shards=0` is below 1. Use 1 if the model is not sharded"),
         ({"world_size": 2.5}, TypeError, "`world_size=2.5` is not an integer"),
         ({"world_size": 2**31}, ValueError, "`world_size=2147483648` is above 2147483647. Give the number"),
         ({"latency": -1}, ValueError, "`latency=-1` is not a time"),

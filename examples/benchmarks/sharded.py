@@ -1,0 +1,198 @@
+"""Time whole training steps of a model that is sharded inside each machine, with every way to average between them.
+
+    python examples/benchmarks/sharded.py                            # loopback: what the arithmetic takes
+    python examples/benchmarks/sharded.py --link 1gbit 100mbit       # emulated links need root, `ip` and `tc`
+
+Two machines of two processes each: two network namespaces, with an emulated link between them. The contestants take
+turns within one run of the same processes, and their ratios are taken round by round. "Hybrid sharding" is FSDP2's own
+on a mesh of two dimensions; "no exchange" averages inside each machine only. No contestant takes an optimizer's step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from common import BLUE, GREEN, GREY, ORANGE, ResultTable, format_bytes, format_number, positive, spread
+from matplotlib.figure import Figure
+from network import LINKS, emulated_network, over_links
+from processes import Rank, run_ranks
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from workloads import NETWORKS, Network
+
+MACHINES, DEVICES = 2, 2
+REPEATS = {"loopback": 20, "10gbit": 20, "1gbit": 8, "100mbit": 3}
+NO_EXCHANGE, HYBRID = "no exchange", "hybrid sharding"
+COLORS = {NO_EXCHANGE: GREY, HYBRID: ORANGE}
+
+
+@dataclass
+class Timing:
+    """The rounds of one contestant: seconds, and the bytes that a rank hands to the other machine in a step."""
+
+    seconds: list[float] = field(default_factory=list)
+    sent_bytes: float = 0
+
+
+def run(network: Network, ranks: Sequence[int], repeats: int, arguments: argparse.Namespace, link: str) -> Any:
+    """Measure all contestants over a link. A round counts as long as its slowest rank takes.
+
+    Raises:
+        NetworkError: if the link cannot be had.
+    """
+    megabits = LINKS[link]
+
+    def measure(namespaces: list[str] | None) -> list[dict[str, Timing]]:
+        with common.progress_bar() as progress:
+            task = progress.add_task(link, total=(2 + 2 * len(ranks)) * (1 + repeats))
+            return run_ranks(
+                _measure,
+                network,
+                ranks,
+                repeats,
+                world_size=MACHINES * DEVICES,
+                device=arguments.device,
+                on_progress=lambda text: progress.update(task, advance=1, description=f"{link}, {text}"),
+                namespaces=namespaces,
+                megabits=megabits,
+            )
+
+    if megabits is None:
+        results = measure(None)
+    else:
+        with emulated_network(MACHINES) as namespaces:
+            results = measure([name for name in namespaces for _ in range(DEVICES)])
+    slowest = results[0]
+    for name, timing in slowest.items():
+        timing.seconds = np.max([result[name].seconds for result in results], axis=0).tolist()
+    return slowest
+
+
+def _measure(rank: Rank, network: Network, ranks: Sequence[int], repeats: int) -> dict[str, Timing]:
+    mesh = init_device_mesh(rank.device.type, (MACHINES, DEVICES), mesh_dim_names=("replicate", "shard"))
+    batch = network.draw(rank.device, seed=rank.number)
+    models, timings = _contestants(network, rank.device, mesh, ranks)
+    for name, model in models.items():
+        rank.report(f"warming up: {name}")
+        for _ in range(2):
+            _step(model, batch)
+    rank.limit_link()
+    for number in range(repeats):
+        for name, model in models.items():
+            rank.report(f"round {number + 1}: {name}")
+            timings[name].seconds.append(rank.seconds(lambda model=model: _step(model, batch)))
+    return timings
+
+
+def _contestants(
+    network: Network, device: torch.device, mesh: DeviceMesh, ranks: Sequence[int]
+) -> tuple[dict[str, nn.Module], dict[str, Timing]]:
+    from lightning_powersgd import PowerSGDConfig, attach_powersgd_to_shards
+
+    shard_bytes = network.gradient_bytes / DEVICES
+    models = {NO_EXCHANGE: _sharded(network, device, mesh["shard"]), HYBRID: _sharded(network, device, mesh)}
+    timings = {NO_EXCHANGE: Timing(), HYBRID: Timing(sent_bytes=shard_bytes)}
+    for kept in ranks:
+        for alternate in (False, True):
+            name = f"PowerSGD, rank {kept}{', alternating' if alternate else ''}"
+            models[name] = _sharded(network, device, mesh["shard"])
+            config = PowerSGDConfig(rank=kept, alternate=alternate)
+            gradients = attach_powersgd_to_shards(models[name], config, mesh["replicate"])
+            timings[name] = Timing(sent_bytes=gradients.exchange.state.plan.sent_bytes(alternate=alternate))
+    return models, timings
+
+
+def _sharded(network: Network, device: torch.device, mesh: DeviceMesh) -> nn.Module:
+    model = network.build(device)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and device.type == "cpu":
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no average
+    return model
+
+
+def _step(model: nn.Module, batch: Tensor) -> None:
+    model(batch).square().mean().backward()
+    model.zero_grad()
+
+
+def tabulate(link: str, timings: dict[str, Timing], arguments: argparse.Namespace) -> ResultTable:
+    """Lay one link's figures side by side."""
+    table = ResultTable(
+        f"{NETWORKS[arguments.model].name}, sharded over {DEVICES} processes, {MACHINES} machines, {link}",
+        ["between machines", "sent", "ms", "quartiles", "÷ none", "hybrid ÷ this"],
+        f"Medians of {len(timings[HYBRID].seconds)} rounds; ratios are taken round by round. Sent is what each process"
+        " hands to collectives between machines in a step.",
+    )
+    for name, timing in timings.items():
+        table.rows.append(
+            [
+                name,
+                format_bytes(timing.sent_bytes),
+                format_number(1e3 * spread(timing.seconds).median),
+                spread(timing.seconds).quartiles(1e3),
+                format_number(common.paired_ratio(timing.seconds, timings[NO_EXCHANGE].seconds).median),
+                format_number(common.paired_ratio(timings[HYBRID].seconds, timing.seconds).median),
+            ]
+        )
+    return table
+
+
+def draw(results: dict[str, dict[str, Timing]], arguments: argparse.Namespace) -> Figure:
+    """Draw a bar for each contestant and link."""
+    figure = Figure(figsize=(8, 1.2 + 1.9 * len(results)), layout="constrained")
+    rows = figure.subplots(len(results), 1, squeeze=False)[:, 0]
+    for axes, (link, timings) in zip(rows, results.items(), strict=True):
+        names = list(timings)[::-1]
+        medians = [1e3 * spread(timings[name].seconds).median for name in names]
+        colors = [COLORS.get(name, GREEN if "alternating" in name else BLUE) for name in names]
+        bars = axes.barh(names, medians, color=colors)
+        axes.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=3)
+        axes.set(title=link, xlabel="ms a step")
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{NETWORKS[arguments.model].name}, sharded inside each of two machines")
+    return figure
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = common.make_parser("Time steps of a sharded model with every way to average between machines.")
+    parser.add_argument("--model", choices=("transformer", "tiny"), default="transformer")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 4], help="of a shard's factors")
+    parser.add_argument("--link", choices=tuple(LINKS), nargs="+", default=["loopback"], help="one or several")
+    parser.add_argument("--repeats", type=positive, help=f"rounds; by default {REPEATS}")
+    arguments = common.parse(parser, quick={"model": "tiny", "ranks": [2], "repeats": 3})
+    results, remarks = over_links(
+        arguments.link,
+        lambda link: run(
+            NETWORKS[arguments.model], arguments.ranks, arguments.repeats or REPEATS[link], arguments, link
+        ),
+    )
+    common.write_results(
+        "sharded",
+        "Sharded models",
+        arguments,
+        [tabulate(link, timings, arguments) for link, timings in results.items()],
+        {
+            "links": {
+                link: {name: vars(timing) for name, timing in timings.items()} for link, timings in results.items()
+            }
+        },
+        draw(results, arguments),
+        remarks,
+    )
+
+
+if __name__ == "__main__":
+    main()
