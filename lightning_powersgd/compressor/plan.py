@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
@@ -211,6 +211,7 @@ def make_plan(
     config: PowerSGDConfig,
     group_bytes: int = DEFAULT_GROUP_BYTES,
     arrival: Iterable[str] | None = None,
+    among: Container[str] | None = None,
 ) -> Plan:
     """Decide for every trainable parameter whether and how it is compressed, and what travels together.
 
@@ -220,6 +221,7 @@ def make_plan(
         group_bytes: gradient bytes after which a group is closed.
         arrival: names in the order in which a step makes their gradients, which is that of the groups; ``None``: the
             last registered first.
+        among: names of those that the plan is for; ``None``: all. Automatic ranks are decided on as for all.
 
     Returns:
         The plan; equal input gives an equal plan on every rank.
@@ -242,6 +244,8 @@ def make_plan(
     trainable = {name: parameter for name, parameter in reversed(named) if parameter.requires_grad}
     automatic_rank = _automatic_rank(trainable, config)
     for name in trainable if arrival is None else _complete(arrival, trainable):
+        if among is not None and name not in among:
+            continue
         slot = _make_slot(name, trainable[name], config, automatic_rank)
         key = (slot.dtype, slot.formats)
         members = open_groups.setdefault(key, [])

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ class PowerSGDState:
         config: the settings.
         group_bytes: gradient bytes after which a group of parameters that travel together is closed.
         arrival: names in the order in which a step makes their gradients; ``None``: the last registered first.
+        among: names of the parameters that the state is of; ``None``: all. Other ranks look after the others.
 
     Attributes:
         config: the settings in use.
@@ -77,14 +78,16 @@ class PowerSGDState:
         config: PowerSGDConfig,
         group_bytes: int = DEFAULT_GROUP_BYTES,
         arrival: Iterable[str] | None = None,
+        among: Container[str] | None = None,
     ) -> None:
         named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
         order = None if arrival is None else list(arrival)
-        self._make_plan = partial(make_plan, named, group_bytes=group_bytes, arrival=order)
+        self._make_plan = partial(make_plan, named, group_bytes=group_bytes, arrival=order, among=among)
         self.given = self.config = config
         self.plan: Plan = self._make_plan(config)
-        self.parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
-        self._frozen = {name: tuple(parameter.shape) for name, parameter in named if not parameter.requires_grad}
+        ours = [(name, parameter) for name, parameter in named if among is None or name in among]
+        self.parameters = {name: parameter for name, parameter in ours if parameter.requires_grad}
+        self._frozen = {name: tuple(parameter.shape) for name, parameter in ours if not parameter.requires_grad}
         # What was loaded for frozen parameters: entries of a state by name, at the loss scale that was loaded.
         self._waiting: dict[str, Mapping[str, Any]] = {}
         self._loaded_scale = 1.0
@@ -207,8 +210,9 @@ class PowerSGDState:
 
         But never float16, whose range a product with a factor leaves at gradients of a few hundreds.
         """
-        error = self.errors.get(slot.name)
-        dtype = slot.dtype if error is None else torch.promote_types(slot.dtype, error.dtype)
+        dtype = slot.dtype
+        if self.config.error_feedback and self.config.error_dtype is not None:
+            dtype = torch.promote_types(dtype, self.config.error_dtype)
         return torch.float32 if dtype == torch.float16 else dtype
 
     def finish_step(self, dense_bytes: int, sent_bytes: int) -> None:

@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_powersgd.compressor.config import PowerSGDConfig
-from lightning_powersgd.compressor.plan import Slot
+from lightning_powersgd.compressor.plan import Plan, Slot
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.verdict import any_of, known
 from lightning_powersgd.exchange.averages import mean_over_ranks
@@ -101,6 +101,26 @@ class GradientExchange:
     def world_size(self) -> int:
         """The number of ranks."""
         return self._wires.world_size
+
+    @property
+    def plan(self) -> Plan:
+        """How the gradients of all parameters are exchanged."""
+        return self.state.plan
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """All parameters whose gradients are exchanged, by name."""
+        return self.state.parameters
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks whose parameters are equal; ``None`` is the default group."""
+        return self.process_group
+
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether `gather_state` must be called before `saved` gives the state of all parameters."""
+        return False
 
     @property
     def alone(self) -> bool:
@@ -193,10 +213,14 @@ class GradientExchange:
             groups[self._started].start()
             self._started += 1
 
-    def end_step(self) -> None:
+    def end_step(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Receive what is on its way, and write the averages over the gradients.
 
         Errors and factors stay as they were if anything that any rank received was not finite.
+
+        Returns:
+            Of the gradients that are compressed, by name, the factors (r, n) and (r, m) of which the average is the
+            product.
 
         Raises:
             RuntimeError: if the gradient of a parameter was not handed over.
@@ -207,13 +231,13 @@ class GradientExchange:
             self._groups[-1].proceed()
         for work in self._averaging:
             work.wait()
-        if self.state.compressing:
-            self._finish_compressed()
+        averages = self._finish_compressed() if self.state.compressing else {}
         self._forget_gradients()
         self.state.finish_step(self._dense_bytes, self._wires.sent_bytes)
         if self._reached is not None:
             self._reached.end_step()
         self.exchanging = False
+        return averages
 
     def residual_norms(self) -> tuple[Tensor, Tensor]:
         """Give ‖e‖² and ‖M‖² of the last step (see `PowerSGDState.residual_norms`)."""
@@ -242,7 +266,15 @@ class GradientExchange:
         With `load_state_dict` this makes an exchange a ``Stateful`` of `torch.distributed.checkpoint`.
         """
         self.average_errors()
-        return self.state.state_dict()
+        self.gather_state()
+        return self.saved(error_feedback=True)
+
+    def gather_state(self) -> None:
+        """Let the first rank have what others look after, if there is such. Every rank must call it."""
+
+    def saved(self, *, error_feedback: bool) -> dict[str, Any]:
+        """Give the state as it is, with or without this rank's errors (see `PowerSGDState.state_dict`)."""
+        return self.state.state_dict(error_feedback=error_feedback)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:
         """Take over what `state_dict` gave, and tell what did not fit (see `PowerSGDState.load_state_dict`)."""
@@ -307,20 +339,25 @@ class GradientExchange:
                 " parameter's must be handed over in every step; zeros where the loss does not depend on it."
             )
 
-    def _finish_compressed(self) -> None:
-        """Judge what was received, and write the averages; keep errors and factors as they were if it is not finite."""
+    def _finish_compressed(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Judge what was received, and write the averages; keep errors and factors as they were if it is not finite.
+
+        Returns:
+            The factors of the averages by name.
+        """
         # Every rank that averages holds the same averages, so all of them judge alike.
         blemish = self._wires.receive()
         if self._judges is not None:
             dist.all_reduce(blemish, group=self._judges)
         if self.alone:
-            return
+            return {}
         finite = cast("bool | Tensor", known(blemish == 0))
         together = self._loss_scale.changes or self._judges is not None
         kept = [group.finish(finite, together=together) for group in self._compressed]
         keep = finite if together else any_of(kept)
         self._loss_scale.end_step(keep)
         self.state.keep_step(keep)
+        return {name: factors for group in self._compressed for name, factors in group.averages.items()}
 
     def _forget_gradients(self) -> None:
         # At the end of a step, or they would stay in memory, also when DDP makes new buckets; and at the beginning,

@@ -142,6 +142,8 @@ class CompressedGroup(_Group):
         self._whole: dict[str, Tensor] = {}
         self._supports: dict[str, Tensor] = {}
         self._sent: Side = "right"
+        # Of the last step, by name, the factors of which the averaged gradients are products.
+        self.averages: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def last_length(self) -> int:
@@ -251,7 +253,7 @@ class CompressedGroup(_Group):
         if finite is not True:
             average = torch.where(torch.as_tensor(finite, device=average.device), average, torch.nan)
         keep = finite & self._used(name, finite)
-        matrix.decompress(self._sent, own, average, keep)
+        self.averages[name] = matrix.decompress(self._sent, own, average, keep)
         for side, factor in factors.items():
             self._state.keep_factor(name, side, factor, keep)
         self._follow_loss_scale(name, finite, keep)
@@ -270,6 +272,7 @@ class CompressedGroup(_Group):
     def forget(self) -> None:
         """Let go of the step's gradients."""
         self._taken.clear()
+        self.averages = {}
         self._whole.clear()
         self._supports.clear()
         for matrix in self._matrices.values():

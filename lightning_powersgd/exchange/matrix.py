@@ -71,7 +71,7 @@ class Matrix:
         """Give a factor in units of M, as it was before it travelled."""
         return factor / self._gains[side] if self._gains else factor
 
-    def decompress(self, side: Side, own: Tensor, average: Tensor, keep: bool | Tensor) -> None:
+    def decompress(self, side: Side, own: Tensor, average: Tensor, keep: bool | Tensor) -> tuple[Tensor, Tensor]:
         """Write the averaged gradient over this rank's, and the local residual into the error.
 
         Args:
@@ -79,6 +79,9 @@ class Matrix:
             own: this rank's projection.
             average: the mean of the ranks' projections.
             keep: whether to update the error.
+
+        Returns:
+            The factors of the average, (r, n) and (r, m).
         """
         matrix, pending = self._sum()
         if pending is not None:
@@ -87,6 +90,8 @@ class Matrix:
         decompress(matrix, factors[0], factors[1], self._error, keep)
         if not self._in_place:
             self._gradient.copy_(saturated(matrix, self._gradient.dtype))
+        left, right = factors[0]
+        return left.to(matrix.dtype), right.to(matrix.dtype)
 
     def _sum(self) -> tuple[Tensor, Tensor | None]:
         """Give M, (n, m), or the gradient in M's dtype and the error that is yet to be added to it in its place."""
@@ -95,3 +100,18 @@ class Matrix:
         pending = None if self._summed else self._error
         self._summed = True
         return self._gradient, pending
+
+
+def write_average(gradient: Tensor, slot: Slot, factors: tuple[Tensor, Tensor]) -> None:
+    """Write an averaged gradient, as a rank does that took part in averaging it: bit for bit.
+
+    Args:
+        gradient: of the parameter's shape and memory layout; overwritten.
+        slot: of the parameter.
+        factors: (r, n) and (r, m), from `GradientExchange.end_step`.
+    """
+    view = as_matrix(gradient, slot.order, slot.split)
+    matrix = view if view.dtype == factors[0].dtype else torch.empty_like(view, dtype=factors[0].dtype)
+    decompress(matrix, factors, factors)
+    if matrix is not view:
+        view.copy_(saturated(matrix, view.dtype))

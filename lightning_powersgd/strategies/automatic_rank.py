@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.plan import make_plan
-from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.turnaround import DEFAULT_TURNAROUND, turnaround_for
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.lightning_types import pl
@@ -67,18 +66,18 @@ def settle_ranks(exchange: GradientExchange, trainer: pl.Trainer, optimizers: Se
         config = _settled(state.config, steps, optimizers)
         # The first rank's, since ranks may have unequal numbers of batches.
         exchange.configure(replace(config, turnaround=trainer.strategy.broadcast(config.turnaround)))
-    say_what_is_compressed(state, steps)
+    say_what_is_compressed(exchange, steps)
     warn_of_muon(optimizers, state)
 
 
-def say_what_is_compressed(state: PowerSGDState, steps: float = math.inf) -> None:
+def say_what_is_compressed(exchange: GradientExchange, steps: float = math.inf) -> None:
     """Say how much is compressed, and what automatic ranks come from.
 
     Args:
-        state: of the parameters.
+        exchange: of the training.
         steps: of the training; infinite if that is not known.
     """
-    plan, config = state.plan, state.config
+    plan, config = exchange.plan, exchange.state.config
     summary = plan.summary(alternate=config.alternate)
     if not config.automatic:
         say = rank_zero_info if any(plan.compressed) else rank_zero_warn
@@ -92,7 +91,7 @@ def say_what_is_compressed(state: PowerSGDState, steps: float = math.inf) -> Non
         turns = f", {steps / turnaround:,.0f} times in {steps:,.0f} steps" if 0 < steps < math.inf else ""
         rank_zero_info(f"{summary}. Each direction of a gradient has its turn within {turnaround:,.3g} steps{turns}.")
         return
-    fixed = make_plan(state.parameters.items(), replace(config, rank=2, turnaround=None, max_bytes=None))
+    fixed = make_plan(exchange.parameters.items(), replace(config, rank=2, turnaround=None, max_bytes=None))
     if not any(fixed.compressed):
         rank_zero_warn(f"{summary}.")
         return

@@ -150,7 +150,7 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
         exchange = attach_powersgd(ddp, self.config, self.scaler or getattr(self.precision, "scaler", None))
         exchange.state.exact = self._exact
         self._exchanges[ddp] = exchange
-        say_what_is_compressed(exchange.state)
+        say_what_is_compressed(exchange)
         return ddp
 
     @override

@@ -63,6 +63,9 @@ class PowerSGDStrategy(SharedLifecycle):
             about, rank 0's parameters and optimizer states are given to all, with a warning.
         scaler: what the program multiplies its loss with, if it does so itself: a `torch.amp.GradScaler`, or anything
             with its method ``scale``. None looks for the trainer's, and then for one among the module's attributes.
+        hierarchical: average exactly inside machines, and compressed between them. Of the arithmetic and of the memory
+            for errors each of L ranks of a machine has about an L-th, at about twice the traffic inside it. All
+            machines must have as many ranks.
         ddp_comm_state: not accepted, since PowerSGD keeps its own state.
         ddp_comm_hook: not accepted, since PowerSGD is itself the hook.
         ddp_comm_wrapper: not accepted; use ``comm_dtype``.
@@ -101,6 +104,7 @@ class PowerSGDStrategy(SharedLifecycle):
         checkpoint_error_feedback: bool = True,
         check_replicas_every: int = 100,
         scaler: Scaler | None = None,
+        hierarchical: bool = False,
         *,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -142,6 +146,14 @@ class PowerSGDStrategy(SharedLifecycle):
             comm_dtype=comm_dtype,
             seed=seed,
         )
+        if not isinstance(hierarchical, bool):
+            raise TypeError(f"`hierarchical={hierarchical!r}` is not a bool. Use True or False.")
+        for name, given in (
+            ("find_unused_parameters", find_unused_parameters),
+            ("process_group", ddp_kwargs.get("process_group")),
+        ):
+            if hierarchical and given:
+                raise ValueError(f"`{name}` is not possible with `hierarchical=True`. Leave one of them out.")
         require_int("check_replicas_every", check_replicas_every, minimum=0, remedy="Use 0 to never compare them.")
         super().__init__(
             log_metrics=log_metrics,
@@ -162,6 +174,7 @@ class PowerSGDStrategy(SharedLifecycle):
         self.checkpoint_error_feedback = checkpoint_error_feedback
         self.check_replicas_every = check_replicas_every
         self.scaler = scaler
+        self.hierarchical = hierarchical
         self._exchange: GradientExchange | None = None
         self._parameters: tuple[torch.nn.Parameter, ...] = ()
         self._kinds: tuple[_Kind, ...] = ()
@@ -219,7 +232,10 @@ class PowerSGDStrategy(SharedLifecycle):
         # Lightning registers hooks on CUDA only, and says nothing elsewhere.
         assert isinstance(self.model, DistributedDataParallel)
         previous = self._exchange
-        self._exchange = attach_powersgd(self.model, self.config, self._find_scaler(), guard_layouts=False)
+        devices = self.num_processes if self.hierarchical else None
+        self._exchange = attach_powersgd(
+            self.model, self.config, self._find_scaler(), guard_layouts=False, devices=devices
+        )
         if previous is not None:
             # Its ranks stay. What a parameter that is frozen now had is kept as a checkpoint would keep it, but on each
             # rank its own.
@@ -275,16 +291,19 @@ class PowerSGDStrategy(SharedLifecycle):
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self._exchange is not None and self.checkpoint_error_feedback:
+        if self._exchange is not None:
             # Now that all ranks are here: whichever of them saves a checkpoint later may do so without the others.
-            self._exchange.average_errors()
+            if self.checkpoint_error_feedback:
+                self._exchange.average_errors()
+            self._exchange.gather_state()
 
     @override
     def needs_all_ranks(self, checkpoint: Mapping[str, Any]) -> bool:
         # A weights-only checkpoint has no optimizer states, and none of ours either.
         if self._exchange is None or "optimizer_states" not in checkpoint:
             return False
-        return self.checkpoint_error_feedback and not self._exchange.state.averaged
+        averages = self.checkpoint_error_feedback and not self._exchange.state.averaged
+        return averages or self._exchange.needs_all_ranks
 
     @override
     def complete_checkpoint(self, checkpoint: dict[str, Any], alone: bool) -> None:
@@ -295,7 +314,9 @@ class PowerSGDStrategy(SharedLifecycle):
                 with_errors = False
             if with_errors:
                 self._exchange.average_errors()
-            checkpoint[CHECKPOINT_KEY] = self._exchange.state.state_dict(error_feedback=with_errors)
+            if not alone:
+                self._exchange.gather_state()
+            checkpoint[CHECKPOINT_KEY] = self._exchange.saved(error_feedback=with_errors)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -327,7 +348,7 @@ class PowerSGDStrategy(SharedLifecycle):
     def _arguments(self) -> dict[str, str]:
         """Describe what must be the same on every rank, beside the model."""
         arguments = describe_exchange(self.config, self._ddp_kwargs, self.root_device)
-        for name in ("checkpoint_error_feedback", "check_replicas_every"):
+        for name in ("checkpoint_error_feedback", "check_replicas_every", "hierarchical"):
             arguments[f"the argument `{name}`"] = repr(getattr(self, name))
         return arguments
 

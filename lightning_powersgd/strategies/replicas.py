@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -34,8 +35,8 @@ class ReplicaCheck:
         if not self._every or step < self._next:
             return
         self._next = step + self._every
-        parameters, group = exchange.state.parameters, exchange.process_group
-        if exchange.world_size == 1 or replicas_agree(parameters, group):
+        parameters, group = dict(exchange.parameters), exchange.replicas
+        if dist.get_world_size(group) == 1 or replicas_agree(parameters, group):
             return
         deviations = repair_replicas(parameters | _optimizer_tensors(parameters, optimizers), group)
         worst = max(deviations, key=lambda name: deviations[name], default="none")

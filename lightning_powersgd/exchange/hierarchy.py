@@ -1,0 +1,329 @@
+"""Machines with several devices: exact averages inside, compressed ones between.
+
+Each rank of a machine owns some of the parameters, whole ones, so that all have about as much to do. A gradient is
+averaged inside the machine and goes to its owner; owners of equal number average it over the machines with PowerSGD;
+and each sends what came of it to the others of its machine. The mathematics is that of PowerSGD between machines, whose
+gradients are the means over their ranks. Of arithmetic and of memory for errors, each of L ranks has about an L-th.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
+from lightning_powersgd.compressor.parameters import parameter_name
+from lightning_powersgd.compressor.plan import Plan, Slot, make_plan
+from lightning_powersgd.compressor.state import PowerSGDState
+from lightning_powersgd.compressor.view import as_real
+from lightning_powersgd.exchange.agreement import require_agreement
+from lightning_powersgd.exchange.core import GradientExchange
+from lightning_powersgd.exchange.loss_scale import Scaler
+from lightning_powersgd.exchange.matrix import write_average
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Work
+
+# A parameter and its gradient.
+Pair: TypeAlias = tuple[Tensor, Tensor]
+
+
+class OwnedExchange(GradientExchange):
+    """Averages the gradients of the parameters that a rank owns, over the ranks of other machines that own them, too.
+
+    Every rank must make it at the same time.
+
+    Args:
+        named_parameters: as `torch.nn.Module.named_parameters` gives them.
+        config: the settings.
+        group_bytes: as in `PowerSGDState`.
+        scaler: as in `GradientExchange`.
+        devices: ranks on each machine. They are numbered machine by machine.
+
+    Raises:
+        ValueError: if the number of ranks is not a multiple of the devices.
+        RuntimeError: on every rank, if machines have unequal numbers of devices.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        config: PowerSGDConfig,
+        group_bytes: int,
+        scaler: Scaler | None,
+        devices: int,
+    ) -> None:
+        self._named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
+        require_int("devices", devices, minimum=1, remedy="Give the number of ranks on each machine.")
+        between, self._inside = _groups(devices)
+        self._machine, self._number = dist.get_rank(between), dist.get_rank(self._inside)
+        self._devices = devices
+        # Of frozen ones, too, so that they stay where they are when they are unfrozen.
+        owners = _owners(self._named, devices)
+        self._owner_of = {parameter: owners[name] for name, parameter in self._named}
+        self._ours = {name for name, owner in owners.items() if owner == self._number}
+        self._gathered: dict[str, Any] | None = None
+        self._compressed_step = False
+        self._by_name = dict(self._named)
+        state = PowerSGDState(self._named, config, group_bytes, among=self._ours)
+        super().__init__(state, between, scaler=scaler, judges=self._inside if devices > 1 else None)
+
+    @property
+    @override
+    def plan(self) -> Plan:
+        return self._plan
+
+    @property
+    @override
+    def parameters(self) -> Mapping[str, Tensor]:
+        return {name: parameter for name, parameter in self._named if parameter in self._slots}
+
+    @property
+    @override
+    def replicas(self) -> dist.ProcessGroup | None:
+        return None
+
+    @property
+    @override
+    def needs_all_ranks(self) -> bool:
+        return self._gathered is None
+
+    def owner_of(self, parameter: Tensor) -> int:
+        """Give the number of the rank in its machine that owns a parameter."""
+        return self._owner_of[parameter]
+
+    @override
+    def compresses(self, parameter: Tensor) -> bool:
+        return parameter in self._slots and self._slots[parameter].rank > 0
+
+    @override
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._gathered = None
+        self._compressed_step = self.compressing
+
+    def gather(self, owner: int, pairs: Sequence[Pair]) -> Gathering:
+        """Average gradients of an owner's parameters inside the machine; the owner receives them.
+
+        Args:
+            owner: its number.
+            pairs: parameters of one dtype, and their gradients, without gaps in memory.
+        """
+        return Gathering(pairs, owner, self._inside)
+
+    def spread(
+        self,
+        wanted: Mapping[int, Sequence[Pair]],
+        averaged: Mapping[Tensor, Tensor],
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        """Give all ranks of the machine the averages that each of them owns: of what is compressed, the factors.
+
+        Args:
+            wanted: by owner, its parameters, and the gradients that their averages are to be written to.
+            averaged: of this rank's parameters, the averaged gradients.
+            factors: of these, by name, the factors of those that are compressed in this step.
+        """
+        spreads = []
+        for owner, pairs in sorted(wanted.items()):
+            by_dtype: dict[torch.dtype, list[_Part]] = {}
+            for parameter, gradient in pairs:
+                slot = self._slots[parameter]
+                in_factors = self._compressed_step and slot.rank > 0
+                dtype = self.state.matrix_dtype(slot) if in_factors else gradient.dtype
+                values = None
+                if owner == self._number:
+                    values = factors[slot.name] if in_factors else (averaged[parameter],)
+                by_dtype.setdefault(dtype, []).append(_Part(gradient, slot if in_factors else None, values))
+            spreads += [_Spread(parts, dtype, owner, self._inside) for dtype, parts in by_dtype.items()]
+        for spread in spreads:
+            spread.finish()
+
+    @override
+    def gather_state(self) -> None:
+        # Of the first machine's ranks; those of other machines have the same, once errors are averaged.
+        if self._gathered is None:
+            own = self.state.state_dict()
+            self._gathered = {**own, "parameters": self._entries(own["parameters"]) if self._machine == 0 else {}}
+
+    def _entries(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the entries of all owners on the first rank, with one error after the other on its way."""
+        without = {name: {key: value for key, value in entry.items() if key != "error"} for name, entry in own.items()}
+        everyones: list[Any] = [None] * self._devices
+        dist.all_gather_object(everyones, without, group=self._inside)
+        first = dist.get_global_rank(self._inside, 0)
+        with_errors = [name for name, entry in own.items() if "error" in entry]
+        names: list[Any] = [None] * self._devices
+        dist.all_gather_object(names, with_errors, group=self._inside)
+        entries = {name: entry for theirs in everyones for name, entry in theirs.items()}
+        for owner, theirs in enumerate(names):
+            for name in theirs:
+                error = own[name]["error"] if owner == self._number else None
+                if owner == 0:
+                    entries[name]["error"] = error
+                elif owner == self._number:
+                    assert error is not None
+                    dist.send(error.to(self._device).contiguous(), first, group=self._inside)
+                elif self._number == 0:
+                    received = torch.empty(entries[name]["shape"], dtype=self._error_dtype(name), device=self._device)
+                    dist.recv(received, dist.get_global_rank(self._inside, owner), group=self._inside)
+                    entries[name]["error"] = received.cpu()
+        return entries if self._number == 0 else {}
+
+    @override
+    def saved(self, *, error_feedback: bool) -> dict[str, Any]:
+        if self._gathered is None:
+            return super().saved(error_feedback=error_feedback)
+        entries = self._gathered["parameters"]
+        if not error_feedback:
+            entries = {name: {k: v for k, v in entry.items() if k != "error"} for name, entry in entries.items()}
+        return {**self._gathered, "parameters": entries}
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:
+        saved = state_dict.get("parameters")
+        if isinstance(saved, Mapping):
+            others = {name for name, _ in self._named} - self._ours
+            state_dict = {**state_dict, "parameters": {n: entry for n, entry in saved.items() if n not in others}}
+        lines: list[Any] = [None] * self._devices
+        dist.all_gather_object(lines, super().load_state_dict(state_dict), group=self._inside)
+        return list(dict.fromkeys(line for theirs in lines for line in theirs))
+
+    @override
+    def _lay_out(self) -> None:
+        super()._lay_out()
+        self._plan = make_plan(self._named, self.state.config)
+        self._slots = {self._by_name[slot.name]: slot for slot in self._plan.slots}
+
+    def _error_dtype(self, name: str) -> torch.dtype:
+        return self.state.config.error_dtype or self._by_name[name].dtype
+
+
+class Gathering:
+    """Gradients of an owner's parameters, on their way to it: the mean over the ranks of a machine.
+
+    Args:
+        pairs: parameters of one dtype, and their gradients, without gaps in memory.
+        owner: its number among the ranks.
+        inside: the ranks of the machine.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], owner: int, inside: dist.ProcessGroup) -> None:
+        self._parameters = [parameter for parameter, _ in pairs]
+        gradients = [gradient for _, gradient in pairs]
+        self._is_owner = dist.get_rank(inside) == owner
+        self._flat = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
+        parts = torch.split(self._flat, [gradient.numel() for gradient in gradients])
+        # Laid out in memory as they are.
+        self._views = [
+            part.as_strided(gradient.shape, gradient.stride(), part.storage_offset())
+            for part, gradient in zip(parts, gradients, strict=True)
+        ]
+        torch._foreach_copy_(self._views, gradients)
+        self._flat.div_(dist.get_world_size(inside))
+        place = dist.get_global_rank(inside, owner)
+        self._work: Work | None = dist.reduce(as_real(self._flat), place, group=inside, async_op=True)
+
+    def wait(self) -> list[Pair]:
+        """Give the owner its parameters with their gradients, and the others nothing."""
+        if self._work is not None:
+            self._work.wait()
+        return list(zip(self._parameters, self._views, strict=True)) if self._is_owner else []
+
+
+@dataclass
+class _Part:
+    """What a rank is to know of one gradient.
+
+    Attributes:
+        gradient: that the average is to be written to.
+        slot: of the parameter, if its factors travel; ``None`` if the average travels whole.
+        values: the owner's: both factors, or the average.
+    """
+
+    gradient: Tensor
+    slot: Slot | None
+    values: tuple[Tensor, ...] | None
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of what travels."""
+        if self.slot is None:
+            return [tuple(self.gradient.shape)]
+        return [(self.slot.rank, self.slot.rows), (self.slot.rank, self.slot.columns)]
+
+    def write(self, values: Sequence[Tensor]) -> None:
+        """Write what has travelled."""
+        if self.slot is None:
+            self.gradient.copy_(values[0])
+        else:
+            write_average(self.gradient, self.slot, (values[0], values[1]))
+
+
+class _Spread:
+    """What an owner tells the ranks of its machine in one collective."""
+
+    def __init__(self, parts: list[_Part], dtype: torch.dtype, owner: int, inside: dist.ProcessGroup) -> None:
+        self._parts = parts
+        self._shapes = [shape for part in parts for shape in part.shapes]
+        if all(part.values is not None for part in parts):
+            self._flat = torch.cat([value.reshape(-1) for part in parts for value in part.values or ()])
+        else:
+            length = sum(math.prod(shape) for shape in self._shapes)
+            self._flat = torch.empty(length, dtype=dtype, device=parts[0].gradient.device)
+        place = dist.get_global_rank(inside, owner)
+        self._work: Work | None = dist.broadcast(as_real(self._flat), place, group=inside, async_op=True)
+
+    def finish(self) -> None:
+        """Wait for it, and write all averages."""
+        if self._work is not None:
+            self._work.wait()
+        pieces = torch.split(self._flat, [math.prod(shape) for shape in self._shapes])
+        values = iter([piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)])
+        for part in self._parts:
+            part.write([next(values) for _ in part.shapes])
+
+
+def _owners(named_parameters: Iterable[tuple[str, Tensor]], devices: int) -> dict[str, int]:
+    """Deal parameters out, the largest first, always to the owner who has least."""
+    sizes = sorted(((-parameter.numel(), name) for name, parameter in named_parameters))
+    has = [0] * devices
+    owners = {}
+    for size, name in sizes:
+        owners[name] = has.index(min(has))
+        has[owners[name]] -= size
+    return owners
+
+
+# Groups outlive what is attached to a module, and are the same for all that is.
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]]
+_made = WeakKeyDictionary()
+
+
+def _groups(devices: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Give the groups of a rank: its equals on all machines, and the ranks of its machine.
+
+    Raises:
+        RuntimeError: on every rank, if machines have unequal numbers of devices.
+        ValueError: if the number of ranks is not a multiple of the devices.
+    """
+    require_agreement({"the number of devices of a machine": str(devices)})
+    everyone, rank, world = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    assert everyone is not None
+    if world % devices:
+        raise ValueError(f"{world} ranks are no machines of {devices} devices each. All must have equally many.")
+    made = _made.setdefault(everyone, {})
+    if devices not in made:
+        # Every rank takes part in making every group.
+        between = [dist.new_group(range(number, world, devices)) for number in range(devices)]
+        inside = [dist.new_group(range(first, first + devices)) for first in range(0, world, devices)]
+        made[devices] = (between[rank % devices], inside[rank // devices])
+    return made[devices]

@@ -1,0 +1,240 @@
+"""Tier two: machines with several devices, on real gloo ranks: 4 processes are 2 machines of 2 devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import gather_equal
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd
+from lightning_powersgd.exchange.hierarchy import OwnedExchange, _groups, _owners
+
+
+class Net(nn.Module):
+    """Matrices in several layouts, vectors, and a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3).to(memory_format=torch.channels_last)
+        self.layers = nn.Sequential(nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 33), nn.Tanh(), nn.Linear(33, 9))
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).tanh().mean(dim=(2, 3))
+        return self.gain * self.layers(torch.cat((h, h.square(), h.abs(), h.sin()), dim=1))
+
+
+def make(dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def loss_of(net: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    return net(torch.randn(4, 3, 8, 8, generator=generator).to(dtype)).square().mean()
+
+
+def attach(net: Net, devices: int = 2, bucket_cap_mb: float = 0.005, **config: Any) -> tuple[nn.Module, OwnedExchange]:
+    ddp = DistributedDataParallel(net, bucket_cap_mb=bucket_cap_mb)
+    exchange = attach_powersgd(
+        ddp, PowerSGDConfig(**{"rank": 2, "min_compression_ratio": 1.0, **config}), devices=devices
+    )
+    assert isinstance(exchange, OwnedExchange)
+    return ddp, exchange
+
+
+def gradients(net: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+
+
+CONFIGS = [
+    {},
+    {"alternate": True},
+    {"rank": {"*.weight": 3, "*": 0}},
+    {"comm_dtype": "int8"},
+    {"comm_dtype": "bfloat16"},
+    {"start_step": 2},
+    {"error_dtype": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_it_is_the_flat_exchange_of_the_machines_means(four_ranks, config, dtype):
+    if "error_dtype" in config:
+        config = {"error_dtype": torch.bfloat16 if dtype == torch.float32 else torch.float32}
+    assert four_ranks.run(_compare, config, dtype) == [[True] * 5] * 4
+
+
+def _compare(config: dict[str, Any], dtype: torch.dtype) -> list[bool]:
+    between, inside = _groups(2)
+    net, reference = make(dtype), make(dtype)
+    ddp, _ = attach(net, **config)
+    settings = PowerSGDConfig(**{"rank": 2, "min_compression_ratio": 1.0, **config})
+    exchange = GradientExchange(PowerSGDState(reference.named_parameters(), settings), between, judges=inside)
+    equal = []
+    for step in range(5):
+        loss_of(ddp, step, dtype).backward()
+        loss_of(reference, step, dtype).backward()
+        exchange.begin_step()
+        for parameter in reference.parameters():
+            parameter.grad.div_(2)
+            dist.all_reduce(parameter.grad, group=inside)
+            exchange.take(parameter, parameter.grad)
+        exchange.end_step()
+        expected = gradients(reference)
+        equal.append(all(torch.equal(value, expected[name]) for name, value in gradients(net).items()))
+        net.zero_grad()
+        reference.zero_grad()
+    return equal
+
+
+def test_ranks_agree_and_have_half_of_the_work_and_of_the_memory(four_ranks):
+    flat = sum(parameter.numel() for name, parameter in make().named_parameters() if "weight" in name)
+    results = four_ranks.run(_train)
+    for agree, numbers, _ in results:
+        assert agree
+        # A rank of two has no more than 0.55 of it.
+        assert numbers <= 0.55 * flat
+    assert sum(numbers for _, numbers, _ in results[:2]) == flat
+    # Each rank sends its own part between machines; the small ones, whole, too.
+    sent = [sent for _, _, sent in results]
+    assert sent[:2] == sent[2:]
+
+
+def _train() -> tuple[bool, int, int]:
+    ddp, exchange = attach(make())
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    for step in range(6):
+        loss_of(ddp, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    numbers = sum(error.numel() for error in exchange.state.errors.values())
+    return gather_equal(list(ddp.parameters())), numbers, exchange.state.sent_bytes
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_any_number_of_devices(four_ranks, devices):
+    assert all(four_ranks.run(_any_number, devices))
+
+
+def _any_number(devices: int) -> bool:
+    ddp, exchange = attach(make(), devices)
+    for step in range(3):
+        loss_of(ddp, step).backward()
+        with torch.no_grad():
+            for parameter in ddp.parameters():
+                parameter -= 0.1 * parameter.grad
+        ddp.zero_grad()
+    return gather_equal(list(ddp.parameters())) and exchange.world_size == 4 // devices
+
+
+def test_what_is_not_finite_leaves_no_trace_on_any_rank(four_ranks):
+    assert all(four_ranks.run(_overflow))
+
+
+def _overflow() -> bool:
+    ddp, exchange = attach(make())
+    for step in range(3):
+        loss_of(ddp, step).backward()
+        ddp.zero_grad()
+    before = exchange.state.state_dict()["parameters"]
+    (loss_of(ddp, 4) * (float("inf") if dist.get_rank() == 3 else 1.0)).backward()
+    after = exchange.state.state_dict()["parameters"]
+    kept = all(torch.equal(entry["error"], after[name]["error"]) for name, entry in before.items())
+    finite = torch.stack([p.grad.isfinite().all() for name, p in ddp.module.named_parameters() if "weight" in name])
+    ddp.zero_grad()
+    return kept and not bool(finite.any())
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("config", [{}, {"alternate": True}, {"comm_dtype": "int8"}], ids=str)
+def test_a_state_that_was_saved_goes_on_with_the_same_bits(four_ranks, config):
+    assert all(four_ranks.run(_go_on, config))
+
+
+def _go_on(config: dict[str, Any]) -> bool:
+    ddp, exchange = attach(make(), **config)
+    for step in range(3):
+        loss_of(ddp, step).backward()
+        ddp.zero_grad()
+    saved = [exchange.state_dict() if dist.get_rank() == 0 else exchange.state_dict() and None]
+    dist.broadcast_object_list(saved, 0)
+    again, other = attach(make(), **config)
+    lines = other.load_state_dict(saved[0])
+    equal = not lines
+    for step in range(3, 6):
+        loss_of(ddp, step).backward()
+        loss_of(again, step).backward()
+        first, second = gradients(ddp.module), gradients(again.module)
+        equal = equal and all(torch.equal(first[name], second[name]) for name in first)
+        ddp.zero_grad()
+        again.zero_grad()
+    return equal
+
+
+def test_its_checkpoint_is_that_of_the_flat_exchange(four_ranks):
+    assert all(four_ranks.run(_exchange_checkpoints))
+
+
+def _exchange_checkpoints() -> bool:
+    ddp, exchange = attach(make())
+    for step in range(3):
+        loss_of(ddp, step).backward()
+        ddp.zero_grad()
+    saved = [exchange.state_dict() if dist.get_rank() == 0 else exchange.state_dict() and None]
+    dist.broadcast_object_list(saved, 0)
+    flat = DistributedDataParallel(make())
+    settings = PowerSGDConfig(rank=2, min_compression_ratio=1.0)
+    other = attach_powersgd(flat, settings)
+    fits = not other.load_state_dict(saved[0])
+    state = other.state_dict()
+    _, back = attach(make())
+    fits = fits and not back.load_state_dict(state)
+    mine = back.state.errors
+    return fits and all(torch.equal(error, saved[0]["parameters"][name]["error"]) for name, error in mine.items())
+
+
+# Owners, and what is refused
+
+
+def test_owners_have_about_as_much_and_large_ones_come_first():
+    sizes = {"a": 90, "b": 50, "c": 50, "d": 40, "e": 30, "f": 1}
+    named = [(name, torch.zeros(size)) for name, size in sizes.items()]
+    owners = _owners(named, 2)
+    loads = [sum(sizes[name] for name, owner in owners.items() if owner == number) for number in range(2)]
+    assert max(loads) <= 1.1 * sum(loads) / 2
+    assert owners == _owners(list(reversed(named)), 2)
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (3, "4 ranks are no machines of 3 devices each"),
+        ("own", "The ranks disagree on the number of devices of a machine"),
+        (0, "`devices=0` is below 1"),
+    ],
+)
+def test_unequal_machines_are_refused_on_every_rank(four_ranks, devices, message):
+    for text in four_ranks.run_to_errors(_refused, devices):
+        assert message in text
+
+
+def _refused(devices: Any) -> None:
+    attach(make(), 1 + dist.get_rank() // 2 if devices == "own" else devices)
+
+
+def test_unused_parameters_are_refused(four_ranks):
+    for text in four_ranks.run_to_errors(_unused):
+        assert "`find_unused_parameters=True` is not possible" in text
+
+
+def _unused() -> None:
+    attach_powersgd(DistributedDataParallel(make(), find_unused_parameters=True), PowerSGDConfig(), devices=2)
