@@ -30,7 +30,7 @@ EXPECTED = {
         "PowerGossip",
     ],
     "gossip": ["whole models", "rank 2"],
-    "sharded": ["no exchange", "hybrid sharding", "PowerSGD, rank 2"],
+    "machines": ["no exchange", "hybrid sharding", "sharded, PowerSGD, rank 2", "rank 2, hierarchical"],
     "kernel": ["256x256", "200 small layers"],
     "memory": ["PyTorch's hook", "PowerSGD full", "PowerSGD alternating", "PowerSGD full, bfloat16 errors"],
     "scale": [

@@ -1,11 +1,12 @@
-"""Time whole training steps of a model that is sharded inside each machine, with every way to average between them.
+"""Time whole training steps on two machines of two devices each, with every way to average between them.
 
-    python examples/benchmarks/sharded.py                            # loopback: what the arithmetic takes
-    python examples/benchmarks/sharded.py --link 1gbit 100mbit       # emulated links need root, `ip` and `tc`
+    python examples/benchmarks/machines.py                           # loopback: what the arithmetic takes
+    python examples/benchmarks/machines.py --link 1gbit 100mbit      # emulated links need root, `ip` and `tc`
 
-Two machines of two processes each: two network namespaces, with an emulated link between them. The contestants take
-turns within one run of the same processes, and their ratios are taken round by round. "Hybrid sharding" is FSDP2's own
-on a mesh of two dimensions; "no exchange" averages inside each machine only. No contestant takes an optimizer's step.
+The machines are network namespaces of two processes each, with an emulated link between them. The contestants take
+turns within one run of the same processes, and their ratios are taken round by round. Some shard the model inside each
+machine: "hybrid sharding" is FSDP2's own on a mesh of two dimensions, "no exchange" averages inside each machine only.
+The others have the whole model on every device. No contestant takes an optimizer's step.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from processes import Rank, run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from workloads import NETWORKS, Network
 
 MACHINES, DEVICES = 2, 2
 REPEATS = {"loopback": 20, "10gbit": 20, "1gbit": 8, "100mbit": 3}
-NO_EXCHANGE, HYBRID = "no exchange", "hybrid sharding"
-COLORS = {NO_EXCHANGE: GREY, HYBRID: ORANGE}
+NO_EXCHANGE, HYBRID, DDP = "sharded, no exchange", "sharded, FSDP2's hybrid sharding", "DDP"
+COLORS = {NO_EXCHANGE: GREY, HYBRID: ORANGE, DDP: ORANGE}
 
 
 @dataclass
@@ -51,7 +53,7 @@ def run(network: Network, ranks: Sequence[int], repeats: int, arguments: argpars
 
     def measure(namespaces: list[str] | None) -> list[dict[str, Timing]]:
         with common.progress_bar() as progress:
-            task = progress.add_task(link, total=(2 + 2 * len(ranks)) * (1 + repeats))
+            task = progress.add_task(link, total=(3 + 4 * len(ranks)) * (1 + repeats))
             return run_ranks(
                 _measure,
                 network,
@@ -94,18 +96,27 @@ def _measure(rank: Rank, network: Network, ranks: Sequence[int], repeats: int) -
 def _contestants(
     network: Network, device: torch.device, mesh: DeviceMesh, ranks: Sequence[int]
 ) -> tuple[dict[str, nn.Module], dict[str, Timing]]:
-    from lightning_powersgd import PowerSGDConfig, attach_powersgd_to_shards
+    from lightning_powersgd import PowerSGDConfig, attach_powersgd, attach_powersgd_to_shards
 
     shard_bytes = network.gradient_bytes / DEVICES
-    models = {NO_EXCHANGE: _sharded(network, device, mesh["shard"]), HYBRID: _sharded(network, device, mesh)}
-    timings = {NO_EXCHANGE: Timing(), HYBRID: Timing(sent_bytes=shard_bytes)}
+    models = {
+        NO_EXCHANGE: _sharded(network, device, mesh["shard"]),
+        HYBRID: _sharded(network, device, mesh),
+        DDP: DistributedDataParallel(network.build(device)),
+    }
+    timings = {NO_EXCHANGE: Timing(), HYBRID: Timing(sent_bytes=shard_bytes), DDP: Timing(sent_bytes=2 * shard_bytes)}
     for kept in ranks:
         for alternate in (False, True):
-            name = f"PowerSGD, rank {kept}{', alternating' if alternate else ''}"
+            name = f"sharded, PowerSGD, rank {kept}{', alternating' if alternate else ''}"
             models[name] = _sharded(network, device, mesh["shard"])
             config = PowerSGDConfig(rank=kept, alternate=alternate)
             gradients = attach_powersgd_to_shards(models[name], config, mesh["replicate"])
             timings[name] = Timing(sent_bytes=gradients.exchange.state.plan.sent_bytes(alternate=alternate))
+        for devices in (None, DEVICES):
+            name = f"DDP, PowerSGD, rank {kept}{', hierarchical' if devices else ''}"
+            models[name] = DistributedDataParallel(network.build(device))
+            exchange = attach_powersgd(models[name], PowerSGDConfig(rank=kept), devices=devices)
+            timings[name] = Timing(sent_bytes=exchange.state.plan.sent_bytes(alternate=False))
     return models, timings
 
 
@@ -129,20 +140,22 @@ def _step(model: nn.Module, batch: Tensor) -> None:
 def tabulate(link: str, timings: dict[str, Timing], arguments: argparse.Namespace) -> ResultTable:
     """Lay one link's figures side by side."""
     table = ResultTable(
-        f"{NETWORKS[arguments.model].name}, sharded over {DEVICES} processes, {MACHINES} machines, {link}",
-        ["between machines", "sent", "ms", "quartiles", "÷ none", "hybrid ÷ this"],
-        f"Medians of {len(timings[HYBRID].seconds)} rounds; ratios are taken round by round. Sent is what each process"
-        " hands to collectives between machines in a step.",
+        f"{NETWORKS[arguments.model].name} on {MACHINES} machines of {DEVICES} processes, {link}",
+        ["exchange", "sent", "ms", "quartiles", "FSDP2 ÷ this", "DDP ÷ this"],
+        f"Medians of {len(timings[HYBRID].seconds)} rounds; ratios to FSDP2's hybrid sharding and to DDP are taken round"
+        " by round. Sent is what each process hands in a step to collectives that cross the link.",
     )
-    for name, timing in timings.items():
+    for name, timing in sorted(timings.items(), key=lambda item: item[0].startswith("DDP")):
         table.rows.append(
             [
                 name,
                 format_bytes(timing.sent_bytes),
                 format_number(1e3 * spread(timing.seconds).median),
                 spread(timing.seconds).quartiles(1e3),
-                format_number(common.paired_ratio(timing.seconds, timings[NO_EXCHANGE].seconds).median),
-                format_number(common.paired_ratio(timings[HYBRID].seconds, timing.seconds).median),
+                *(
+                    format_number(common.paired_ratio(timings[reference].seconds, timing.seconds).median)
+                    for reference in (HYBRID, DDP)
+                ),
             ]
         )
     return table
@@ -150,24 +163,24 @@ def tabulate(link: str, timings: dict[str, Timing], arguments: argparse.Namespac
 
 def draw(results: dict[str, dict[str, Timing]], arguments: argparse.Namespace) -> Figure:
     """Draw a bar for each contestant and link."""
-    figure = Figure(figsize=(8, 1.2 + 1.9 * len(results)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 3.0 * len(results)), layout="constrained")
     rows = figure.subplots(len(results), 1, squeeze=False)[:, 0]
     for axes, (link, timings) in zip(rows, results.items(), strict=True):
-        names = list(timings)[::-1]
+        names = sorted(timings, key=lambda name: not name.startswith("DDP"))
         medians = [1e3 * spread(timings[name].seconds).median for name in names]
-        colors = [COLORS.get(name, GREEN if "alternating" in name else BLUE) for name in names]
+        colors = [COLORS.get(name, BLUE if name.startswith("sharded") else GREEN) for name in names]
         bars = axes.barh(names, medians, color=colors)
         axes.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=3)
         axes.set(title=link, xlabel="ms a step")
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{NETWORKS[arguments.model].name}, sharded inside each of two machines")
+    figure.suptitle(f"{NETWORKS[arguments.model].name} on two machines of two processes")
     return figure
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = common.make_parser("Time steps of a sharded model with every way to average between machines.")
+    parser = common.make_parser("Time steps on two machines of two devices, with every way to average between them.")
     parser.add_argument("--model", choices=("transformer", "tiny"), default="transformer")
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 4], help="of a shard's factors")
     parser.add_argument("--link", choices=tuple(LINKS), nargs="+", default=["loopback"], help="one or several")
@@ -180,8 +193,8 @@ def main() -> None:
         ),
     )
     common.write_results(
-        "sharded",
-        "Sharded models",
+        "machines",
+        "Two machines of two devices",
         arguments,
         [tabulate(link, timings, arguments) for link, timings in results.items()],
         {
