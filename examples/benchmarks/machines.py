@@ -142,8 +142,8 @@ def tabulate(link: str, timings: dict[str, Timing], arguments: argparse.Namespac
     table = ResultTable(
         f"{NETWORKS[arguments.model].name} on {MACHINES} machines of {DEVICES} processes, {link}",
         ["exchange", "sent", "ms", "quartiles", "FSDP2 ÷ this", "DDP ÷ this"],
-        f"Medians of {len(timings[HYBRID].seconds)} rounds; ratios to FSDP2's hybrid sharding and to DDP are taken round"
-        " by round. Sent is what each process hands in a step to collectives that cross the link.",
+        f"Medians of {len(timings[HYBRID].seconds)} rounds; ratios to FSDP2's hybrid sharding and to DDP are taken"
+        " round by round. Sent is what each process hands in a step to collectives that cross the link.",
     )
     for name, timing in sorted(timings.items(), key=lambda item: item[0].startswith("DDP")):
         table.rows.append(
