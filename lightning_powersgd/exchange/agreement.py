@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -57,6 +57,33 @@ def require_alike(text: str, what: str, device: torch.device, process_group: dis
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
     if largest[0] != -largest[1]:
         raise RuntimeError(f"The ranks disagree on the {what}. Change them alike, before the same step of every rank.")
+
+
+def all_or_none(work: Callable[[], T], process_group: dist.ProcessGroup | None = None) -> list[T]:
+    """Do something on every rank, and let none go on where it failed on one. Every rank must call this.
+
+    Args:
+        work: what to do, without collectives.
+        process_group: the ranks; ``None`` is the default group.
+
+    Returns:
+        What it gave, in the order of the ranks.
+
+    Raises:
+        ValueError: on every rank, the first that any had.
+    """
+    result: T | None = None
+    refused: str | None = None
+    try:
+        result = work()
+    except ValueError as error:
+        refused = str(error)
+    everyone: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(everyone, (result, refused), group=process_group)
+    for _, message in everyone:
+        if message is not None:
+            raise ValueError(message)
+    return [given for given, _ in everyone]
 
 
 def of_all_ranks(mine: Mapping[str, T], process_group: dist.ProcessGroup | None) -> list[Mapping[str, T]]:

@@ -266,11 +266,15 @@ class GradientExchange:
         With `load_state_dict` this makes an exchange a ``Stateful`` of `torch.distributed.checkpoint`.
         """
         self.average_errors()
-        self.gather_state()
+        self.gather_state(error_feedback=True)
         return self.saved(error_feedback=True)
 
-    def gather_state(self) -> None:
-        """Let the first rank have what others look after, if there is such. Every rank must call it."""
+    def gather_state(self, *, error_feedback: bool) -> None:
+        """Let the first rank have what others look after, if there is such. Every rank must call it.
+
+        Args:
+            error_feedback: whether to include the error buffers, which should be averaged before.
+        """
 
     def saved(self, *, error_feedback: bool) -> dict[str, Any]:
         """Give the state as it is, with or without this rank's errors (see `PowerSGDState.state_dict`)."""

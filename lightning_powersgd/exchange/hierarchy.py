@@ -24,7 +24,7 @@ from lightning_powersgd.compressor.parameters import parameter_name
 from lightning_powersgd.compressor.plan import Plan, Slot, make_plan
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.view import as_real
-from lightning_powersgd.exchange.agreement import require_agreement
+from lightning_powersgd.exchange.agreement import all_or_none, require_agreement
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.loss_scale import Scaler
 from lightning_powersgd.exchange.matrix import write_average
@@ -148,10 +148,10 @@ class OwnedExchange(GradientExchange):
             spread.finish()
 
     @override
-    def gather_state(self) -> None:
+    def gather_state(self, *, error_feedback: bool) -> None:
         # Of the first machine's ranks; those of other machines have the same, once errors are averaged.
         if self._gathered is None:
-            own = self.state.state_dict()
+            own = self.state.state_dict(error_feedback=error_feedback)
             self._gathered = {**own, "parameters": self._entries(own["parameters"]) if self._machine == 0 else {}}
 
     def _entries(self, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,8 +193,8 @@ class OwnedExchange(GradientExchange):
         if isinstance(saved, Mapping):
             others = {name for name, _ in self._named} - self._ours
             state_dict = {**state_dict, "parameters": {n: entry for n, entry in saved.items() if n not in others}}
-        lines: list[Any] = [None] * self._devices
-        dist.all_gather_object(lines, super().load_state_dict(state_dict), group=self._inside)
+        load = super().load_state_dict
+        lines = all_or_none(lambda: load(state_dict), self._inside)
         return list(dict.fromkeys(line for theirs in lines for line in theirs))
 
     @override

@@ -151,8 +151,6 @@ class ShardedGradients:
         if number != self._pass:
             self._pass, self._arrived, self._taken = number, Counter(), set()
             self._opened_by_output = False
-            self._require_as_attached()
-            self.exchange.begin_step()
             Variable._execution_engine.queue_callback(self._end_pass)
 
     def _arrive(self, name: str) -> None:
@@ -162,6 +160,9 @@ class ShardedGradients:
         # Where blocks are recomputed, parts of a pass may have numbers of their own.
         if not self._opened_by_output:
             self._open_pass()
+        if not self._arrived:
+            self._require_as_attached()
+            self.exchange.begin_step()
         self._arrived[name] += 1
         if name in self._taken:
             raise RuntimeError(
@@ -175,6 +176,8 @@ class ShardedGradients:
     def _end_pass(self) -> None:
         """Take in what is left, wait for the averages, and let parameters without a gradient have them."""
         self._pass, self._opened_by_output = None, False
+        if not self._arrived:
+            return  # FSDP2 was told to keep the gradients of this pass to itself
         substitutes: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is None:

@@ -295,7 +295,7 @@ class PowerSGDStrategy(SharedLifecycle):
             # Now that all ranks are here: whichever of them saves a checkpoint later may do so without the others.
             if self.checkpoint_error_feedback:
                 self._exchange.average_errors()
-            self._exchange.gather_state()
+            self._exchange.gather_state(error_feedback=self.checkpoint_error_feedback)
 
     @override
     def needs_all_ranks(self, checkpoint: Mapping[str, Any]) -> bool:
@@ -315,7 +315,7 @@ class PowerSGDStrategy(SharedLifecycle):
             if with_errors:
                 self._exchange.average_errors()
             if not alone:
-                self._exchange.gather_state()
+                self._exchange.gather_state(error_feedback=with_errors)
             checkpoint[CHECKPOINT_KEY] = self._exchange.saved(error_feedback=with_errors)
 
     @override

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Replicate
 
+from lightning_powersgd.exchange.agreement import all_or_none
 from lightning_powersgd.exchange.sharded import ShardedGradients, as_sharded, local_shard
 from lightning_powersgd.strategies.checkpoint import CHECKPOINT_KEY, load_exchange
 
@@ -107,7 +108,7 @@ def load_entry(gradients: ShardedGradients, saved: Mapping[str, Any] | None, pat
             entry = {"shape": shape, "rank": 1, "factors": {}}
         if entry is not None:
             entries[name] = {**entry, "error": error} if error is not None else entry
-    load_exchange(gradients.exchange, {**saved, "parameters": entries})
+    all_or_none(lambda: load_exchange(gradients.exchange, {**saved, "parameters": entries}), gradients.shards)
     compressed = gradients.exchange.state.factors
     gradients.left_over = {name: error for name, error in errors.items() if name not in compressed and error.any()}
 

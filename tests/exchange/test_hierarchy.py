@@ -202,6 +202,20 @@ def _exchange_checkpoints() -> bool:
     return fits and all(torch.equal(error, saved[0]["parameters"][name]["error"]) for name, error in mine.items())
 
 
+def test_a_damaged_state_is_refused_on_every_rank(four_ranks):
+    for text in four_ranks.run_to_errors(_load_damaged):
+        assert "The PowerSGD state is damaged" in text
+
+
+def _load_damaged() -> None:
+    _, exchange = attach(make())
+    saved = [exchange.state_dict() if dist.get_rank() == 0 else exchange.state_dict() and None]
+    dist.broadcast_object_list(saved, 0)
+    # One of the two owners has it.
+    saved[0]["parameters"]["layers.0.weight"]["rank"] = -1
+    exchange.load_state_dict(saved[0])
+
+
 # Owners, and what is refused
 
 

@@ -152,6 +152,19 @@ def _compare_with_hybrid(config: dict[str, Any], passes: int) -> bool:
     return same(full(native), full(ours)) and gradients.exchange.state.step == 5
 
 
+def test_passes_that_fsdp_keeps_to_itself_are_no_steps(four_ranks):
+    assert all(four_ranks.run(_compare_without_synchronising))
+
+
+def _compare_without_synchronising() -> bool:
+    mesh = mesh_of()
+    native, ours = sharded(mesh), sharded(mesh["shard"])
+    gradients = attach(ours, mesh, start_step=100)
+    for net in (native, ours):
+        train(net, passes=2, before=lambda _, number, net=net: net.set_requires_gradient_sync(number == 1))
+    return same(full(native), full(ours)) and gradients.exchange.state.step == 5
+
+
 def test_in_half_precision_too(four_ranks):
     assert all(four_ranks.run(_compare_in_half_precision))
 

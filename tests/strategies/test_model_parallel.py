@@ -385,6 +385,16 @@ def _fail_to_save(root: str) -> None:
         _save(root, True)
 
 
+def test_a_damaged_entry_is_refused_on_every_rank(four_ranks, tmp_path):
+    four_ranks.run(_save, str(tmp_path), False)
+    saved = torch.load(tmp_path / "four.ckpt", weights_only=True)
+    # Of one shard.
+    saved["powersgd"]["shards"]["1"]["net.0.weight"]["rank"] = -1
+    torch.save(saved, tmp_path / "four.ckpt")
+    for text in four_ranks.run_to_errors(_go_on, str(tmp_path), False, {}):
+        assert "The PowerSGD state is damaged" in text
+
+
 # Names, and bad input
 
 
