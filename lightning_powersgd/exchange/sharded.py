@@ -177,7 +177,9 @@ class ShardedGradients:
         """Take in what is left, wait for the averages, and let parameters without a gradient have them."""
         self._pass, self._opened_by_output = None, False
         if not self._arrived:
-            return  # FSDP2 was told to keep the gradients of this pass to itself
+            # FSDP2 was told to keep the gradients of this pass to itself.
+            self._require_that_hooks_are_called()
+            return
         substitutes: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
@@ -222,6 +224,14 @@ class ShardedGradients:
 
         return answer
 
+    def _require_that_hooks_are_called(self) -> None:
+        if self._expected is None and any(parameter.grad is not None for parameter in self.parameters.values()):
+            raise RuntimeError(
+                "The first backward pass has made gradients without calling the hooks of the sharded parameters, so"
+                " that nothing can average them over the replicas. Compiled autograd does so in PyTorch 2.6 to 2.8:"
+                " turn it off, or update PyTorch."
+            )
+
     def _require_as_attached(self) -> None:
         frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
         unfrozen = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
@@ -246,6 +256,9 @@ def _sharded_parameters(model: nn.Module) -> dict[str, DTensor]:
             )
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ValueError("The model is not sharded. Call `fully_shard` on its layers and on itself first.")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # an evaluation leaves the root's parameters gathered
     parameters = {parameter_name(name): parameter for name, parameter in model.named_parameters()}
     require_values(parameters.items())
     for name, parameter in parameters.items():

@@ -467,6 +467,20 @@ def _freeze() -> None:
     backward(net, 3)
 
 
+def test_a_pass_that_calls_no_hooks_is_refused(four_ranks):
+    for text in four_ranks.run_to_errors(_without_hooks):
+        assert "has made gradients without calling the hooks of the sharded parameters" in text
+
+
+def _without_hooks() -> None:
+    mesh = mesh_of()
+    net = sharded(mesh["shard"])
+    attach(net, mesh)
+    for parameter in net.parameters():
+        parameter._post_accumulate_grad_hooks.clear()
+    backward(net, 0)
+
+
 def test_a_gradient_that_comes_once_more_is_refused(four_ranks):
     for text in four_ranks.run_to_errors(_once_more):
         assert "The gradient of 'blocks.3.gain' came more often in this backward pass" in text

@@ -35,13 +35,14 @@ class Sharded(Classifier):
         self.tensor_parallel = self.whole = False
 
     def configure_model(self) -> None:
-        if isinstance(next(self.parameters()), DTensor) or self.device_mesh is None:
+        if isinstance(self.net, FSDPModule) or self.device_mesh is None:
             return
         if self.tensor_parallel:
             plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
             parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
         mesh = self.device_mesh if self.whole else self.device_mesh["data_parallel"]
-        for layer in self.net:
+        # The last layer is left to the root, whose parameters stay gathered after an evaluation.
+        for layer in list(self.net)[:-1]:
             if any(True for _ in layer.parameters()):
                 fully_shard(layer, mesh=mesh)
         fully_shard(self.net, mesh=mesh)
@@ -178,6 +179,23 @@ def _variety(root: str) -> tuple[dict[str, Any], dict[str, Any]]:
             pl_module.net[0].requires_grad_(trainer.current_epoch != 1)
 
     return train(root, strategy(), Manual(), max_epochs=1), train(root, strategy(), callbacks=[Thaw()], max_epochs=3)
+
+
+def test_fit_again_after_evaluations(four_ranks, tmp_path):
+    for steps, agree in four_ranks.run(_fit_again, str(tmp_path)):
+        assert steps == [5, 10]
+        assert agree
+
+
+def _fit_again(root: str) -> tuple[list[int], bool]:
+    model, steps = Sharded(), []
+    run = trainer(strategy(), root=root, alike=False, max_epochs=1)
+    for epochs in (1, 3):
+        run.fit_loop.max_epochs = epochs
+        run.fit(model, loader(shuffle=False), loader(32, shuffle=False))
+        run.validate(model, loader(32, shuffle=False), verbose=False)
+        steps.append(run.strategy.exchange.state.step)
+    return steps, equal_everywhere(full(model))
 
 
 def test_tensor_parallelism(four_ranks, tmp_path):
