@@ -304,7 +304,8 @@ class PowerSGDModelParallelStrategy(SharedLifecycle):
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        if self._gradients is not None:
+        assert self.lightning_module is not None
+        if self._gradients is not None and self.lightning_module.trainer.state.fn == "fit":
             from lightning_powersgd.strategies.sharded_checkpoint import load_entry
 
             load_entry(self._gradients, checkpoint.get(CHECKPOINT_KEY), Path(self.broadcast(checkpoint_path)))

@@ -41,11 +41,13 @@ def sharded_errors(gradients: ShardedGradients) -> dict[str, DTensor]:
     everyones: list[Any] = [None] * dist.get_world_size(gradients.shards)
     dist.all_gather_object(everyones, list(errors), group=gradients.shards)
     compressed = {name for names in everyones for name in names}
-    return {
-        name: as_sharded(errors[name] if name in errors else torch.zeros_like(local_shard(parameter)), parameter)
+    shards = {
+        # When a fit has ended, they are in main memory.
+        name: errors[name].to(parameter.device) if name in errors else torch.zeros_like(local_shard(parameter))
         for name, parameter in gradients.parameters.items()
         if name in compressed
     }
+    return {name: as_sharded(shard, gradients.parameters[name]) for name, shard in shards.items()}
 
 
 def make_entry(gradients: ShardedGradients, whole_errors: Mapping[str, DTensor] | None) -> dict[str, Any]:

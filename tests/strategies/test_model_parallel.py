@@ -360,6 +360,27 @@ def _load_other(root: str, saved_by: str) -> tuple[dict[str, Tensor], bool]:
     return look.errors, result["agree"]
 
 
+@pytest.mark.parametrize("distributed", [True, False], ids=["folder", "file"])
+def test_what_is_saved_after_a_fit_is_validated_and_resumed(four_ranks, tmp_path, distributed):
+    for before, after, agree in four_ranks.run(_save_afterwards, str(tmp_path), distributed):
+        assert before == after
+        assert agree
+
+
+def _save_afterwards(root: str, distributed: bool) -> tuple[float, float, bool]:
+    model, data = Sharded(), loader(32, shuffle=False)
+    run = trainer(strategy(save_distributed_checkpoint=distributed), root=root, alike=False, max_epochs=1)
+    run.fit(model, loader(shuffle=False))
+    before = run.validate(model, data, verbose=False)[0]["val_loss"]
+    run.save_checkpoint(f"{root}/after.ckpt")
+    errors = whole_errors(run.strategy)
+    after = run.validate(model, data, ckpt_path=f"{root}/after.ckpt", verbose=False)[0]["val_loss"]
+    look = _Look()
+    again = strategy(save_distributed_checkpoint=distributed)
+    train(root, again, ckpt_path=f"{root}/after.ckpt", callbacks=[look], max_epochs=2)
+    return before, after, all(torch.equal(look.errors[name], error) for name, error in errors.items())
+
+
 def test_the_file_is_loadable_with_weights_only(four_ranks, tmp_path):
     four_ranks.run(_save, str(tmp_path), False)
     saved = torch.load(tmp_path / "four.ckpt", weights_only=True)
