@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -78,17 +78,16 @@ def all_or_none(work: Callable[[], T], process_group: dist.ProcessGroup | None =
         result = work()
     except ValueError as error:
         refused = str(error)
-    everyone: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(everyone, (result, refused), group=process_group)
+    everyone = of_all_ranks((result, refused), process_group)
     for _, message in everyone:
         if message is not None:
             raise ValueError(message)
-    return [given for given, _ in everyone]
+    return [cast("T", given) for given, _ in everyone]
 
 
-def of_all_ranks(mine: Mapping[str, T], process_group: dist.ProcessGroup | None) -> list[Mapping[str, T]]:
+def of_all_ranks(mine: T, process_group: dist.ProcessGroup | None) -> list[T]:
     """Give what every rank has said, in the order of the ranks. Every rank must call this."""
-    everyone: list[Mapping[str, T]] = [mine] * dist.get_world_size(process_group)
+    everyone = [mine] * dist.get_world_size(process_group)
     dist.all_gather_object(everyone, mine, group=process_group)
     return everyone
 

@@ -24,7 +24,7 @@ from lightning_powersgd.compressor.parameters import parameter_name
 from lightning_powersgd.compressor.plan import Plan, Slot, make_plan
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.view import as_real
-from lightning_powersgd.exchange.agreement import all_or_none, require_agreement
+from lightning_powersgd.exchange.agreement import all_or_none, of_all_ranks, require_agreement
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.loss_scale import Scaler
 from lightning_powersgd.exchange.matrix import write_average
@@ -156,16 +156,12 @@ class OwnedExchange(GradientExchange):
 
     def _entries(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Give the entries of all owners on the first rank, with one error after the other on its way."""
-        without = {name: {key: value for key, value in entry.items() if key != "error"} for name, entry in own.items()}
-        everyones: list[Any] = [None] * self._devices
-        dist.all_gather_object(everyones, without, group=self._inside)
-        first = dist.get_global_rank(self._inside, 0)
         with_errors = [name for name, entry in own.items() if "error" in entry]
-        names: list[Any] = [None] * self._devices
-        dist.all_gather_object(names, with_errors, group=self._inside)
-        entries = {name: entry for theirs in everyones for name, entry in theirs.items()}
-        for owner, theirs in enumerate(names):
-            for name in theirs:
+        everyones = of_all_ranks((_without_errors(own), with_errors), self._inside)
+        first = dist.get_global_rank(self._inside, 0)
+        entries = {name: entry for theirs, _ in everyones for name, entry in theirs.items()}
+        for owner, (_, names) in enumerate(everyones):
+            for name in names:
                 error = own[name]["error"] if owner == self._number else None
                 if owner == 0:
                     entries[name]["error"] = error
@@ -183,9 +179,7 @@ class OwnedExchange(GradientExchange):
         if self._gathered is None:
             return super().saved(error_feedback=error_feedback)
         entries = self._gathered["parameters"]
-        if not error_feedback:
-            entries = {name: {k: v for k, v in entry.items() if k != "error"} for name, entry in entries.items()}
-        return {**self._gathered, "parameters": entries}
+        return {**self._gathered, "parameters": entries if error_feedback else _without_errors(entries)}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:
@@ -290,6 +284,10 @@ class _Spread:
         values = iter([piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)])
         for part in self._parts:
             part.write([next(values) for _ in part.shapes])
+
+
+def _without_errors(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: {key: value for key, value in entry.items() if key != "error"} for name, entry in entries.items()}
 
 
 def _owners(named_parameters: Iterable[tuple[str, Tensor]], devices: int) -> dict[str, int]:

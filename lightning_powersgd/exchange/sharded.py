@@ -99,6 +99,10 @@ class ShardedGradients:
         exchange: what averages the gradients.
         synchronises: whether the next backward pass ends a step. Set it to False for passes whose gradients only
             accumulate; these are reduced inside the machine all the same.
+        parameters: the trainable ones by name.
+        shards: the ranks that hold a replica together with this one.
+        left_over: errors by name, of this rank's shards, that are added to the next gradients: of shards that were
+            compressed where a checkpoint was saved, and here are too small for it.
     """
 
     def __init__(

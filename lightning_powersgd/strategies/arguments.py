@@ -46,11 +46,18 @@ def ddp_arguments(
         if arguments.get(name) not in (None, False):
             raise ValueError(f"`{name}` cannot be used with {strategy.__name__}: {why}. Remove `{name}`.")
     _reject_unknown(ddp_kwargs, strategy)
-    if bucket_cap_mb is None:
-        return {**ddp_kwargs}
-    if not bucket_cap_mb > 0:
+    require_bucket_cap(bucket_cap_mb)
+    return {**ddp_kwargs} if bucket_cap_mb is None else {**ddp_kwargs, "bucket_cap_mb": bucket_cap_mb}
+
+
+def require_bucket_cap(bucket_cap_mb: float | None) -> None:
+    """Check the size of a bucket.
+
+    Raises:
+        ValueError: if it is not positive.
+    """
+    if bucket_cap_mb is not None and not bucket_cap_mb > 0:
         raise ValueError(f"`bucket_cap_mb={bucket_cap_mb}` is not positive. Use a number of MiB, or None for 25.")
-    return {**ddp_kwargs, "bucket_cap_mb": bucket_cap_mb}
 
 
 def _reject_unknown(ddp_kwargs: Mapping[str, Any], strategy: type) -> None:

@@ -22,7 +22,7 @@ from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.lightning_types import _PATH, STEP_OUTPUT, pl
 from lightning_powersgd.metrics.monitors import CompressionMonitor
 from lightning_powersgd.strategies.advice import needs_exact_gradients
-from lightning_powersgd.strategies.arguments import documented
+from lightning_powersgd.strategies.arguments import documented, require_bucket_cap
 from lightning_powersgd.strategies.automatic_rank import settle_ranks
 from lightning_powersgd.strategies.checkpoint import CHECKPOINT_KEY
 from lightning_powersgd.strategies.equal_ranks import describe_exchange
@@ -113,8 +113,7 @@ class PowerSGDModelParallelStrategy(SharedLifecycle):
             if size != "auto":
                 require_int(name, size, minimum=1, remedy="Use 'auto', or a number.")
         require_int("tensor_parallel_size", tensor_parallel_size, minimum=1, remedy="Use 1 for none.")
-        if bucket_cap_mb is not None and not bucket_cap_mb > 0:
-            raise ValueError(f"`bucket_cap_mb={bucket_cap_mb}` is not positive. Use a number of MiB, or None for 25.")
+        require_bucket_cap(bucket_cap_mb)
         super().__init__(
             log_metrics=log_metrics,
             prog_bar=prog_bar,

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_powersgd.exchange.agreement import all_or_none
+from lightning_powersgd.exchange.agreement import all_or_none, of_all_ranks
 from lightning_powersgd.exchange.sharded import ShardedGradients, as_sharded, local_shard
 from lightning_powersgd.strategies.checkpoint import CHECKPOINT_KEY, load_exchange
 
@@ -38,9 +38,7 @@ def sharded_errors(gradients: ShardedGradients) -> dict[str, DTensor]:
     Small parameters may be compressed on some shards only; the others have no error.
     """
     errors = gradients.exchange.state.all_errors
-    everyones: list[Any] = [None] * dist.get_world_size(gradients.shards)
-    dist.all_gather_object(everyones, list(errors), group=gradients.shards)
-    compressed = {name for names in everyones for name in names}
+    compressed = {name for names in of_all_ranks(list(errors), gradients.shards) for name in names}
     shards = {
         # When a fit has ended, they are in main memory.
         name: errors[name].to(parameter.device) if name in errors else torch.zeros_like(local_shard(parameter))
@@ -59,8 +57,7 @@ def make_entry(gradients: ShardedGradients, whole_errors: Mapping[str, DTensor] 
     """
     state = gradients.exchange.state
     entry = state.state_dict(error_feedback=False)
-    everyones: list[Any] = [None] * dist.get_world_size(gradients.shards)
-    dist.all_gather_object(everyones, entry["parameters"], group=gradients.shards)
+    everyones = of_all_ranks(entry["parameters"], gradients.shards)
     entry["shards"] = {str(number): shard for number, shard in enumerate(everyones)}
     entry["parameters"] = {}
     entry["errors"] = sorted({name for shard in everyones for name in shard})

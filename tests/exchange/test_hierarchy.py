@@ -52,6 +52,13 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
 
 
+def saved_by_the_first(exchange: OwnedExchange) -> dict[str, Any]:
+    """What the first rank saves, on every rank."""
+    saved = [exchange.state_dict()]
+    dist.broadcast_object_list(saved, 0)
+    return saved[0]
+
+
 CONFIGS = [
     {},
     {"alternate": True},
@@ -165,10 +172,9 @@ def _go_on(config: dict[str, Any]) -> bool:
     for step in range(3):
         loss_of(ddp, step).backward()
         ddp.zero_grad()
-    saved = [exchange.state_dict() if dist.get_rank() == 0 else exchange.state_dict() and None]
-    dist.broadcast_object_list(saved, 0)
+    saved = saved_by_the_first(exchange)
     again, other = attach(make(), **config)
-    lines = other.load_state_dict(saved[0])
+    lines = other.load_state_dict(saved)
     equal = not lines
     for step in range(3, 6):
         loss_of(ddp, step).backward()
@@ -189,17 +195,16 @@ def _exchange_checkpoints() -> bool:
     for step in range(3):
         loss_of(ddp, step).backward()
         ddp.zero_grad()
-    saved = [exchange.state_dict() if dist.get_rank() == 0 else exchange.state_dict() and None]
-    dist.broadcast_object_list(saved, 0)
+    saved = saved_by_the_first(exchange)
     flat = DistributedDataParallel(make())
     settings = PowerSGDConfig(rank=2, min_compression_ratio=1.0)
     other = attach_powersgd(flat, settings)
-    fits = not other.load_state_dict(saved[0])
+    fits = not other.load_state_dict(saved)
     state = other.state_dict()
     _, back = attach(make())
     fits = fits and not back.load_state_dict(state)
     mine = back.state.errors
-    return fits and all(torch.equal(error, saved[0]["parameters"][name]["error"]) for name, error in mine.items())
+    return fits and all(torch.equal(error, saved["parameters"][name]["error"]) for name, error in mine.items())
 
 
 def test_a_damaged_state_is_refused_on_every_rank(four_ranks):
@@ -209,11 +214,10 @@ def test_a_damaged_state_is_refused_on_every_rank(four_ranks):
 
 def _load_damaged() -> None:
     _, exchange = attach(make())
-    saved = [exchange.state_dict() if dist.get_rank() == 0 else exchange.state_dict() and None]
-    dist.broadcast_object_list(saved, 0)
+    saved = saved_by_the_first(exchange)
     # One of the two owners has it.
-    saved[0]["parameters"]["layers.0.weight"]["rank"] = -1
-    exchange.load_state_dict(saved[0])
+    saved["parameters"]["layers.0.weight"]["rank"] = -1
+    exchange.load_state_dict(saved)
 
 
 # Owners, and what is refused

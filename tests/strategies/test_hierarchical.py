@@ -18,10 +18,15 @@ from lightning_powersgd import PowerSGDStrategy
 CONFIG = {"rank": 2, "min_compression_ratio": 1.0}
 
 
-def trainer(root: str, strategy: Any, **options: Any) -> Trainer:
+def place() -> Any:
+    """The place of this process, as torchrun gives it."""
     rank = dist.get_rank()
-    place = {"LOCAL_RANK": rank % 2, "GROUP_RANK": rank // 2, "LOCAL_WORLD_SIZE": 2}
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()}):
+    numbers = {"LOCAL_RANK": rank % 2, "GROUP_RANK": rank // 2, "LOCAL_WORLD_SIZE": 2}
+    return mock.patch.dict(os.environ, {name: str(value) for name, value in numbers.items()})
+
+
+def trainer(root: str, strategy: Any, **options: Any) -> Trainer:
+    with place():
         return Trainer(
             strategy=strategy,
             accelerator="cpu",
@@ -42,9 +47,7 @@ def train(
     model = Classifier("adamw", lr=0.01) if model is None else model
     hierarchical = {"hierarchical": True, **CONFIG, **(config or {})}
     run = trainer(root, PowerSGDStrategy(**hierarchical), **options)
-    rank = dist.get_rank()
-    place = {"LOCAL_RANK": rank % 2, "GROUP_RANK": rank // 2, "LOCAL_WORLD_SIZE": 2}
-    with mock.patch.dict(os.environ, {name: str(value) for name, value in place.items()}):
+    with place():
         run.fit(model, loader(shuffle=False), ckpt_path=ckpt_path)
     state = run.strategy.exchange.state
     return {
