@@ -123,6 +123,11 @@ class GradientExchange:
         return False
 
     @property
+    def bytes_in_node(self) -> int | None:
+        """Bytes handed to collectives inside this machine in the last step; ``None`` where there are none of its own."""
+        return None
+
+    @property
     def alone(self) -> bool:
         """Whether gradients pass through untouched: one rank that was always alone.
 

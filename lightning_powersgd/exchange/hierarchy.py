@@ -67,11 +67,12 @@ class OwnedExchange(GradientExchange):
         self._machine, self._number = dist.get_rank(between), dist.get_rank(self._inside)
         self._devices = devices
         # Of frozen ones, too, so that they stay where they are when they are unfrozen.
-        owners = _owners(self._named, devices)
+        owners = owners_of(self._named, devices)
         self._owner_of = {parameter: owners[name] for name, parameter in self._named}
         self._ours = {name for name, owner in owners.items() if owner == self._number}
         self._gathered: dict[str, Any] | None = None
         self._compressed_step = False
+        self._bytes_in_node = 0
         self._by_name = dict(self._named)
         state = PowerSGDState(self._named, config, group_bytes, among=self._ours)
         super().__init__(state, between, scaler=scaler, judges=self._inside if devices > 1 else None)
@@ -96,6 +97,11 @@ class OwnedExchange(GradientExchange):
     def needs_all_ranks(self) -> bool:
         return self._gathered is None
 
+    @property
+    @override
+    def bytes_in_node(self) -> int | None:
+        return self._bytes_in_node
+
     def owner_of(self, parameter: Tensor) -> int:
         """Give the number of the rank in its machine that owns a parameter."""
         return self._owner_of[parameter]
@@ -109,6 +115,7 @@ class OwnedExchange(GradientExchange):
         super().begin_step()
         self._gathered = None
         self._compressed_step = self.compressing
+        self._bytes_in_node = 0
 
     def gather(self, owner: int, pairs: Sequence[Pair]) -> Gathering:
         """Average gradients of an owner's parameters inside the machine; the owner receives them.
@@ -117,7 +124,9 @@ class OwnedExchange(GradientExchange):
             owner: its number.
             pairs: parameters of one dtype, and their gradients, without gaps in memory.
         """
-        return Gathering(pairs, owner, self._inside)
+        gathering = Gathering(pairs, owner, self._inside)
+        self._bytes_in_node += gathering.nbytes
+        return gathering
 
     def spread(
         self,
@@ -145,6 +154,7 @@ class OwnedExchange(GradientExchange):
                 by_dtype.setdefault(dtype, []).append(_Part(gradient, slot if in_factors else None, values))
             spreads += [_Spread(parts, dtype, owner, self._inside) for dtype, parts in by_dtype.items()]
         for spread in spreads:
+            self._bytes_in_node += spread.nbytes
             spread.finish()
 
     @override
@@ -226,6 +236,11 @@ class Gathering:
         place = dist.get_global_rank(inside, owner)
         self._work: Work | None = dist.reduce(as_real(self._flat), place, group=inside, async_op=True)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes handed to the collective."""
+        return self._flat.nbytes
+
     def wait(self) -> list[Pair]:
         """Give the owner its parameters with their gradients, and the others nothing."""
         if self._work is not None:
@@ -276,6 +291,11 @@ class _Spread:
         place = dist.get_global_rank(inside, owner)
         self._work: Work | None = dist.broadcast(as_real(self._flat), place, group=inside, async_op=True)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes handed to the collective."""
+        return self._flat.nbytes
+
     def finish(self) -> None:
         """Wait for it, and write all averages."""
         if self._work is not None:
@@ -290,8 +310,16 @@ def _without_errors(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in entry.items() if key != "error"} for name, entry in entries.items()}
 
 
-def _owners(named_parameters: Iterable[tuple[str, Tensor]], devices: int) -> dict[str, int]:
-    """Deal parameters out, the largest first, always to the owner who has least."""
+def owners_of(named_parameters: Iterable[tuple[str, Tensor]], devices: int) -> dict[str, int]:
+    """Deal parameters out, the largest first, always to the owner who has least.
+
+    Args:
+        named_parameters: by name.
+        devices: on each machine.
+
+    Returns:
+        The number of the owner of each, by name.
+    """
     sizes = sorted(((-parameter.numel(), name) for name, parameter in named_parameters))
     has = [0] * devices
     owners = {}

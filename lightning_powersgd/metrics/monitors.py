@@ -90,7 +90,8 @@ class CompressionMonitor(Monitor):
 
     Logged are, as ``powersgd/…``, the ``compression_ratio`` and ``bytes_sent`` of the last step, ``bytes_saved`` since
     the fit began, and the ``residual_ratio`` of the last step of this rank (with error feedback only: without it there
-    is no residual to measure). ``trainer.callback_metrics`` has them from an epoch's first and last batch, too.
+    is no residual to measure). Where machines average inside first (``hierarchical=True``) also ``bytes_in_node``,
+    which this rank handed to collectives inside its machine in the last step; the others are of those between machines. ``trainer.callback_metrics`` has them from an epoch's first and last batch, too.
 
     Args:
         prog_bar: show the compression ratio in the progress bar.
@@ -101,6 +102,7 @@ class CompressionMonitor(Monitor):
         "compression_ratio": CompressionRatio,
         "bytes_sent": BytesSent,
         "bytes_saved": BytesSaved,
+        "bytes_in_node": BytesSent,
         "residual_ratio": ResidualRatio,
     }
 
@@ -124,6 +126,8 @@ class CompressionMonitor(Monitor):
             "bytes_sent": (state.dense_bytes, state.sent_bytes),
             "bytes_saved": (state.total_dense_bytes, state.total_sent_bytes),
         }
+        if exchange.bytes_in_node is not None:
+            measured["bytes_in_node"] = (state.dense_bytes, exchange.bytes_in_node)
         if state.config.error_feedback:
             error, total = exchange.residual_norms()
             self._growth.measured(state, float(error), float(total))

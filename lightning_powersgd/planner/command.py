@@ -153,6 +153,13 @@ def _add_plan(commands: Any) -> _Parser:
         help="devices of a machine that the model is sharded over: figures are those of one of them",
     )
     network.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="L",
+        help="of each machine, for a model that is not sharded: also shows what hierarchical=True would bring",
+    )
+    network.add_argument(
         "--latency",
         type=float,
         default=DEFAULT_LATENCY,
@@ -210,6 +217,7 @@ def _forecast(arguments: argparse.Namespace) -> Forecast:
             compress_seconds=arguments.compress_seconds,
             device=arguments.device,
             shards=arguments.shards,
+            devices=arguments.devices,
         )
 
 

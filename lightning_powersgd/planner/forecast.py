@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
 from lightning_powersgd.compressor.parameters import parameter_name
 from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, Plan, Slot, make_plan
+from lightning_powersgd.exchange.hierarchy import owners_of
 from lightning_powersgd.planner.measure import describe, measure_compression, measuring_device
 from lightning_powersgd.planner.parameters import parameters_of
 from lightning_powersgd.planner.units import format_rate, format_ratio, format_seconds, parse_rate
@@ -107,6 +108,25 @@ class LinkForecast:
 
 
 @dataclass(frozen=True)
+class Hierarchy:
+    """What ``hierarchical=True`` would bring: each device of a machine compresses only the parameters that it owns.
+
+    Attributes:
+        devices: of each machine.
+        compress_seconds: that the arithmetic of the busiest device takes in a step, in proportion to its elements.
+        error_bytes: of the error buffers of the device that has most of them.
+        bytes_in_node: that a device sends inside its machine in a step: gradients to their owners, factors from them.
+        break_even: bits per second between the devices of a machine above which a step is shorter for it.
+    """
+
+    devices: int
+    compress_seconds: float
+    error_bytes: int
+    bytes_in_node: float
+    break_even: float
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What PowerSGD will bring to a model; made by `forecast_exchange`.
 
@@ -122,6 +142,7 @@ class Forecast:
         measured_on: the device that this was measured on; ``None`` if it was given.
         shards: devices that a replica is sharded over. All figures are those of one of them, the first.
         along_longest: what a device sends if each parameter is sharded along its longest dimension, if it can be.
+        hierarchy: what averaging inside machines first would bring, where they have several devices.
     """
 
     config: PowerSGDConfig
@@ -135,6 +156,7 @@ class Forecast:
     measured_on: str | None
     shards: int = 1
     along_longest: float | None = None
+    hierarchy: Hierarchy | None = None
 
     @property
     def dense_bytes(self) -> int:
@@ -159,10 +181,7 @@ class Forecast:
     @property
     def error_bytes(self) -> int:
         """Bytes of the error buffers of a device."""
-        if not self.config.error_feedback:
-            return 0
-        dtype = self.config.error_dtype
-        return sum(slot.numel * (dtype or slot.dtype).itemsize for slot in self.plan.compressed)
+        return _error_bytes(self.plan.compressed, self.config)
 
     @property
     def payloads(self) -> tuple[float, ...]:
@@ -226,6 +245,7 @@ def forecast_exchange(
     compress_seconds: float | None = None,
     device: torch.device | str | None = None,
     shards: int = 1,
+    devices: int = 1,
 ) -> Forecast:
     """Forecast what PowerSGD will bring to a model, before it is trained.
 
@@ -244,12 +264,13 @@ def forecast_exchange(
         compress_seconds: that the arithmetic takes in a step; ``None`` measures it (see `measure_compression`).
         device: where to measure; ``None`` is CUDA if there is a GPU, else the CPU with PyTorch's number of threads.
         shards: devices that a replica is sharded over by FSDP, along the first dimension of each parameter.
+        devices: of each machine, where the model is not sharded: adds what averaging inside machines first would bring.
 
     Returns:
         The forecast; `Forecast.over` gives the times over a link.
 
     Raises:
-        TypeError: if ``world_size`` or ``shards`` is not an integer.
+        TypeError: if ``world_size``, ``shards`` or ``devices`` is not an integer.
         ValueError: if there is nothing to exchange, shapes are not known yet, a trainable parameter is of a dtype in
             which gradients cannot be averaged, an argument is out of range, a pattern of ``config.rank`` matches no
             parameter, or the device has too little memory left to measure on it.
@@ -263,6 +284,12 @@ def forecast_exchange(
     if compress_seconds is not None and not 0 <= compress_seconds <= _LONGEST_SECONDS:
         raise ValueError(f"`compress_seconds={compress_seconds!r}` is not a time. Give seconds, or None to measure it.")
     require_int("shards", shards, minimum=1, remedy="Use 1 if the model is not sharded.")
+    require_int("devices", devices, minimum=1, remedy="Use 1 if every machine has one device.")
+    if devices > 1 and (shards > 1 or world_size % devices or world_size == devices):
+        raise ValueError(
+            f"`devices={devices}` cannot be with `world_size={world_size}` and `shards={shards}`. Give the devices of"
+            " each of several equal machines, of which the processes are a multiple, and a model that is not sharded."
+        )
     whole = parameters_of(model)
     named = [(name, _shard(parameter, shards)) for name, parameter in whole]
     trainable = [parameter_name(name) for name, parameter in named if parameter.requires_grad]
@@ -300,7 +327,36 @@ def forecast_exchange(
         measured_on=measured_on,
         shards=shards,
         along_longest=None if shards == 1 else _sent_along_longest(whole, config, shards),
+        hierarchy=None if devices == 1 else _hierarchy(named, plan, config, compress_seconds, devices),
     )
+
+
+def _hierarchy(
+    named: Iterable[tuple[str, Tensor]], plan: Plan, config: PowerSGDConfig, compress_seconds: float, devices: int
+) -> Hierarchy:
+    owners = owners_of([(parameter_name(name), parameter) for name, parameter in named], devices)
+    owned = [[slot for slot in plan.compressed if owners[slot.name] == owner] for owner in range(devices)]
+    most, all_of_it = max(_elements(slots) for slots in owned), _elements(plan.compressed)
+    share = most / all_of_it if all_of_it else 1.0
+    sent = (devices - 1) / devices * (plan.dense_bytes + plan.sent_bytes(alternate=config.alternate))
+    saved = (1 - share) * compress_seconds
+    return Hierarchy(
+        devices=devices,
+        compress_seconds=share * compress_seconds,
+        error_bytes=max(_error_bytes(slots, config) for slots in owned),
+        bytes_in_node=sent,
+        break_even=8 * sent / saved if saved else math.inf,
+    )
+
+
+def _elements(slots: Iterable[Slot]) -> int:
+    return sum(slot.numel for slot in slots)
+
+
+def _error_bytes(slots: Iterable[Slot], config: PowerSGDConfig) -> int:
+    if not config.error_feedback:
+        return 0
+    return sum(slot.numel * (config.error_dtype or slot.dtype).itemsize for slot in slots)
 
 
 def _shard(parameter: Tensor, shards: int, dimension: int = 0) -> Tensor:

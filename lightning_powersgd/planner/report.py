@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_powersgd.planner.forecast import Forecast, LinkForecast
-from lightning_powersgd.planner.units import format_bytes, format_ratio, format_seconds
+from lightning_powersgd.planner.units import format_bytes, format_rate, format_ratio, format_seconds
 from lightning_powersgd.version import __version__
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def to_json(forecast: Forecast, links: Sequence[LinkForecast], step_seconds: flo
     return {
         "format_version": FORMAT_VERSION,
         "lightning_powersgd": __version__,
-        "settings": {name: None if value == math.inf else value for name, value in settings.items()},
+        "settings": _finite(settings),
         "world_size": forecast.world_size,
         "shards": forecast.shards,
+        "hierarchy": None if forecast.hierarchy is None else _finite(asdict(forecast.hierarchy)),
         "latency_seconds": forecast.latency,
         "step_seconds": step_seconds,
         "compress_seconds": forecast.compress_seconds,
@@ -83,6 +85,11 @@ def to_json(forecast: Forecast, links: Sequence[LinkForecast], step_seconds: flo
     }
 
 
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Put null where a number is infinite, which JSON cannot say."""
+    return {name: None if value == math.inf else value for name, value in values.items()}
+
+
 def print_report(
     console: Console,
     title: str,
@@ -118,7 +125,7 @@ def print_report(
             "yellow",
         )
         return
-    for line in _of_shards(forecast):
+    for line in [*_of_shards(forecast), *_of_machines(forecast)]:
         say(line)
     say(
         f"Each direction of a gradient has its turn within about {forecast.plan.turnaround(alternate=alternate):,.0f}"
@@ -166,3 +173,17 @@ def _of_shards(forecast: Forecast) -> Iterator[str]:
             " Shard(max(range(p.dim()), key=lambda axis: p.shape[axis]))), where that dimension is divisible by"
             f" {forecast.shards}."
         )
+
+
+def _of_machines(forecast: Forecast) -> Iterator[str]:
+    """Say what averaging inside machines first would bring, and where."""
+    inside = forecast.hierarchy
+    if inside is None:
+        return
+    yield (
+        f"hierarchical=True, with {inside.devices} devices in each machine: the busiest device computes for"
+        f" {format_seconds(inside.compress_seconds)} instead of {format_seconds(forecast.compress_seconds)}, and keeps"
+        f" {format_bytes(inside.error_bytes)} of error buffers instead of {format_bytes(forecast.error_bytes)}. Inside"
+        f" the machine it sends {format_bytes(inside.bytes_in_node)} a step, which makes the step"
+        + (" longer." if inside.break_even == math.inf else f" longer below {format_rate(inside.break_even)}.")
+    )

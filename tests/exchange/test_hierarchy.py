@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd
-from lightning_powersgd.exchange.hierarchy import OwnedExchange, _groups, _owners
+from lightning_powersgd.exchange.hierarchy import OwnedExchange, _groups, owners_of
 
 
 class Net(nn.Module):
@@ -226,10 +226,10 @@ def _load_damaged() -> None:
 def test_owners_have_about_as_much_and_large_ones_come_first():
     sizes = {"a": 90, "b": 50, "c": 50, "d": 40, "e": 30, "f": 1}
     named = [(name, torch.zeros(size)) for name, size in sizes.items()]
-    owners = _owners(named, 2)
+    owners = owners_of(named, 2)
     loads = [sum(sizes[name] for name, owner in owners.items() if owner == number) for number in range(2)]
     assert max(loads) <= 1.1 * sum(loads) / 2
-    assert owners == _owners(list(reversed(named)), 2)
+    assert owners == owners_of(list(reversed(named)), 2)
 
 
 @pytest.mark.parametrize(

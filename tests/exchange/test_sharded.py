@@ -506,6 +506,7 @@ def _once_more() -> None:
         ("FSDP1", "is wrapped in `FullyShardedDataParallel`"),
         ("old torch", "Sharded models need PyTorch 2.6 or later"),
         ("on meta", "is on the meta device"),
+        ("offloaded", "is kept in main memory (`CPUOffloadPolicy`)"),
     ],
 )
 def test_other_models_are_refused_by_name(four_ranks, case, message):
@@ -531,4 +532,8 @@ def _misfit(case: str) -> None:
         with torch.device("meta"):
             net = Net()
         net = sharded(mesh["shard"], net)
+    elif case == "offloaded":
+        net = sharded(mesh["shard"])
+        # Shards on the CPU, where the mesh is of GPUs: as `CPUOffloadPolicy` leaves them.
+        next(iter(net.parameters())).device_mesh._device_type = "cuda"
     attach(net, mesh)

@@ -180,6 +180,7 @@ def test_json_is_the_forecast(plan, monkeypatch):
         "settings",
         "world_size",
         "shards",
+        "hierarchy",
         "latency_seconds",
         "step_seconds",
         "compress_seconds",
@@ -433,6 +434,13 @@ def test_a_sharded_model(plan):
     printed = plan("zoo:Fixed", "--rank=2", "--shards=2", "--nodes=4", "--compress-seconds=0")
     assert "one of 2 devices in each of 4 machines" in printed
     assert "That is what a device sends between machines" in printed
+
+
+def test_machines_with_several_devices(plan):
+    printed = plan("zoo:Fixed", "--rank=2", "--devices=2", "--compress-seconds=0.01")
+    assert "hierarchical=True, with 2 devices in each machine: the busiest device computes for" in printed
+    free = plan("zoo:Fixed", "--rank=2", "--devices=2", "--compress-seconds=0")
+    assert "which makes the step longer." in free
 
 
 def _without(*packages: str):

@@ -181,6 +181,24 @@ def test_a_sharded_model_is_forecast_for_the_first_of_its_devices():
     assert (whole.shards, whole.bytes_in_node, whole.along_longest) == (1, 0, None)
 
 
+def test_machines_with_several_devices_are_forecast_for_the_busiest_of_them():
+    model = nn.ModuleDict({"large": nn.Linear(300, 200), "a": nn.Linear(200, 100), "b": nn.Linear(200, 100)})
+    config = PowerSGDConfig(rank=2, min_compression_ratio=1)
+    result = forecast_exchange(model, config, world_size=4, compress_seconds=0.01, devices=2)
+    inside = result.hierarchy
+    # The large one has an owner of its own, who has 60,000 of 100,000 elements.
+    assert inside.compress_seconds == pytest.approx(0.006)
+    assert inside.error_bytes == 4 * 60_000
+    assert inside.bytes_in_node == (result.dense_bytes + result.sent_bytes) / 2
+    assert inside.break_even == pytest.approx(8 * inside.bytes_in_node / 0.004)
+    assert forecast_exchange(model, config, world_size=4, compress_seconds=0.01).hierarchy is None
+    # All belongs to one device, and nothing is gained.
+    alone = forecast_exchange(nn.Linear(300, 200, bias=False), config, world_size=4, compress_seconds=1, devices=2)
+    assert (alone.hierarchy.compress_seconds, alone.hierarchy.break_even) == (1, math.inf)
+    nothing = forecast_exchange(nn.Linear(30, 1), config, world_size=4, compress_seconds=1, devices=2)
+    assert nothing.hierarchy.break_even == math.inf
+
+
 def test_a_link_carries_a_bit_to_an_exabit_a_second():
     assert [parse_rate(text) for text in ("1bit", "1000000tbit")] == [1, 1e18]
     for text in ("0.999bit", "1000001tbit", "0." + 320 * "0" + "1gbit", "1" + 400 * "0" + "bit"):
@@ -203,6 +221,10 @@ def test_a_gpu_that_is_full_is_named(monkeypatch):
     [
         ({"world_size": 1}, ValueError, "`world_size=1` is below 2. A single rank has nobody"),
         ({"shards": 0}, ValueError, "`shards=0` is below 1. Use 1 if the model is not sharded"),
+        ({"devices": 0}, ValueError, "`devices=0` is below 1. Use 1 if every machine has one device"),
+        ({"devices": 3}, ValueError, "`devices=3` cannot be with `world_size=8` and `shards=1`. Give the devices"),
+        ({"devices": 8}, ValueError, "`devices=8` cannot be with `world_size=8` and `shards=1`"),
+        ({"devices": 2, "shards": 2}, ValueError, "`devices=2` cannot be with `world_size=8` and `shards=2`"),
         ({"world_size": 2.5}, TypeError, "`world_size=2.5` is not an integer"),
         ({"world_size": 2**31}, ValueError, "`world_size=2147483648` is above 2147483647. Give the number"),
         ({"latency": -1}, ValueError, "`latency=-1` is not a time"),

@@ -70,6 +70,10 @@ def test_training_learns_and_replicas_agree(four_ranks, tmp_path, config):
         assert results[0]["errors"] + results[1]["errors"] == 32 * 48 + 48 * 40 + 40 * 10
         assert min(result["errors"] for result in results) > 0
         assert results[0]["metrics"]["powersgd/compression_ratio"] > 2
+        # Every gradient goes to its owner, and factors come back.
+        dense = 4 * (32 * 48 + 48 + 48 * 40 + 40 + 40 * 10 + 10)
+        for result in results:
+            assert dense < result["metrics"]["powersgd/bytes_in_node"] < 1.5 * dense
 
 
 @pytest.mark.parametrize("when", ["in the middle", "after the fit"])
