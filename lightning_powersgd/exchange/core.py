@@ -124,7 +124,7 @@ class GradientExchange:
 
     @property
     def bytes_in_node(self) -> int | None:
-        """Bytes handed to collectives inside this machine in the last step; ``None`` where there are none of its own."""
+        """Bytes handed to collectives inside this machine in the last step; ``None`` where it has none of its own."""
         return None
 
     @property

@@ -91,7 +91,8 @@ class CompressionMonitor(Monitor):
     Logged are, as ``powersgd/…``, the ``compression_ratio`` and ``bytes_sent`` of the last step, ``bytes_saved`` since
     the fit began, and the ``residual_ratio`` of the last step of this rank (with error feedback only: without it there
     is no residual to measure). Where machines average inside first (``hierarchical=True``) also ``bytes_in_node``,
-    which this rank handed to collectives inside its machine in the last step; the others are of those between machines. ``trainer.callback_metrics`` has them from an epoch's first and last batch, too.
+    which this rank handed to collectives inside its machine in the last step; the others are of those between machines.
+    ``trainer.callback_metrics`` has them from an epoch's first and last batch, too.
 
     Args:
         prog_bar: show the compression ratio in the progress bar.
