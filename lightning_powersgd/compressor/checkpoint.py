@@ -168,6 +168,19 @@ def with_tensors(entry: Mapping[str, Any], change: Callable[[str, Tensor], Tenso
     return changed
 
 
+def require_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Check that a parameter has the shape with which it was saved.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if found != shape:
+        raise ValueError(
+            f"The PowerSGD state was saved for {name!r} of shape {found}, but the model's has shape {shape}."
+            " Resume with the model that was saved, or delete the checkpoint's 'powersgd' entry."
+        )
+
+
 def require_readable(state: Mapping[str, Any]) -> None:
     """Check that a state is one that this version of the package, or one that it can read, has written.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -12,6 +13,16 @@ from torch.nn.parameter import is_lazy
 def parameter_name(name: str) -> str:
     """Strip the prefixes that `torch.compile` adds, so that state fits a module compiled or not."""
     return name.replace("_orig_mod.", "")
+
+
+def block_name(name: str, rows: slice) -> str:
+    """Name some rows of a parameter."""
+    return f"{name}[{rows.start}:{rows.stop}]"
+
+
+def whole_name(name: str) -> str:
+    """Give the name of a parameter, of which it may be that of some rows."""
+    return re.sub(r"\[\d+:\d+\]$", "", name)
 
 
 def require_values(named_parameters: Iterable[tuple[str, Tensor]]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_powersgd.compressor.codec import Format, format_of
 from lightning_powersgd.compressor.config import AUTO, CommDtype, PowerSGDConfig, Rank
-from lightning_powersgd.compressor.parameters import parameter_name
+from lightning_powersgd.compressor.parameters import parameter_name, whole_name
 from lightning_powersgd.compressor.turnaround import DEFAULT_TURNAROUND, largest_rank, rank_for
 from lightning_powersgd.compressor.view import matrix_order
 
@@ -324,12 +324,12 @@ def _matrix_views(parameter: Tensor) -> list[tuple[tuple[int, ...], int]]:
 def _rank_of(name: str, rank: Rank | Mapping[str, Rank]) -> Rank:
     if not isinstance(rank, Mapping):
         return rank
-    return next((value for pattern, value in rank.items() if fnmatchcase(name, pattern)), 0)
+    return next((value for pattern, value in rank.items() if fnmatchcase(whole_name(name), pattern)), 0)
 
 
 def _require_matching_patterns(rank: Rank | Mapping[str, Rank], names: list[str]) -> None:
     for pattern in rank if isinstance(rank, Mapping) else ():
-        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
+        if pattern != "*" and not any(fnmatchcase(whole_name(name), pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
             raise ValueError(
                 f"`rank` has the pattern {pattern!r}, which matches no parameter. Names look like {', '.join(close)}."

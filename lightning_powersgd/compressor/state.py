@@ -26,6 +26,7 @@ from lightning_powersgd.compressor.checkpoint import (
     load_entry,
     make_entry,
     require_readable,
+    require_shape,
     rescaled_entry,
     with_tensors,
 )
@@ -296,12 +297,8 @@ class PowerSGDState:
         require_readable(state)
         saved: Mapping[str, Any] = state["parameters"]
         for name, shape in (self._frozen | {slot.name: slot.shape for slot in self.plan.slots}).items():
-            found = tuple(saved[name]["shape"]) if name in saved else shape
-            if found != shape:
-                raise ValueError(
-                    f"The PowerSGD state was saved for {name!r} of shape {found}, but the model's has shape {shape}."
-                    " Resume with the model that was saved, or delete the checkpoint's 'powersgd' entry."
-                )
+            if name in saved:
+                require_shape(name, tuple(saved[name]["shape"]), shape)
         config = as_saved(self.given, state["settings"])
         if config != self.config:
             self.configure(config)

@@ -170,7 +170,7 @@ class HierarchicalBuckets(DDPBuckets):
         super().__init__(exchange, guard_layouts)
         self._owned = exchange
         self._gathering: list[Gathering] = []
-        # Of the step, this rank's parameters and their gradients.
+        # Of the step, this rank's parameters, or blocks of them, and their gradients.
         self._mine: dict[Tensor, Tensor] = {}
         # Of the step, by owner, its parameters and where DDP wants their averages.
         self._wanted: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -181,8 +181,9 @@ class HierarchicalBuckets(DDPBuckets):
             self._gathering, self._mine, self._wanted = [], {}, {}
         by_owner: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for parameter, gradient in zip(bucket.parameters(), _gradients(bucket), strict=True):
-            pair = (parameter, self.as_laid_out(parameter, gradient))
-            by_owner.setdefault(self._owned.owner_of(parameter), []).append(pair)
+            laid_out = self.as_laid_out(parameter, gradient)
+            for block in self._owned.blocks_of(parameter):
+                by_owner.setdefault(self._owned.owner_of(block), []).append((block.tensor, block.of(laid_out)))
         before, self._gathering = self._gathering, [self._owned.gather(*item) for item in sorted(by_owner.items())]
         for owner, pairs in by_owner.items():
             self._wanted.setdefault(owner, []).extend(pairs)

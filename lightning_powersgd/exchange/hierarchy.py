@@ -1,6 +1,7 @@
 """Machines with several devices: exact averages inside, compressed ones between.
 
-Each rank of a machine owns some of the parameters, whole ones, so that all have about as much to do. A gradient is
+Each rank of a machine owns some of the parameters, so that all have about as much to do: whole ones, but for those that
+are a large part of the model and are cut (see `blocks`). A gradient is
 averaged inside the machine and goes to its owner; owners of equal number average it over the machines with PowerSGD;
 and each sends what came of it to the others of its machine. The mathematics is that of PowerSGD between machines, whose
 gradients are the means over their ranks. Of arithmetic and of memory for errors, each of L ranks has about an L-th.
@@ -19,12 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_powersgd.compressor.checkpoint import require_readable
 from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
 from lightning_powersgd.compressor.parameters import parameter_name
 from lightning_powersgd.compressor.plan import Plan, Slot, make_plan
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.view import as_real
 from lightning_powersgd.exchange.agreement import all_or_none, of_all_ranks, require_agreement
+from lightning_powersgd.exchange.blocks import Block, in_blocks, joined, parted
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.loss_scale import Scaler
 from lightning_powersgd.exchange.matrix import write_average
@@ -32,7 +35,7 @@ from lightning_powersgd.exchange.matrix import write_average
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Work
 
-# A parameter and its gradient.
+# A parameter, or a block of one, and its gradient.
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
@@ -61,7 +64,10 @@ class OwnedExchange(GradientExchange):
         scaler: Scaler | None,
         devices: int,
     ) -> None:
-        self._named = [(parameter_name(name), parameter) for name, parameter in named_parameters]
+        self._whole = {parameter_name(name): parameter for name, parameter in named_parameters}
+        self._blocks = in_blocks(self._whole.items())
+        self._named = [(block.name, block.tensor) for blocks in self._blocks.values() for block in blocks]
+        self._blocks_of = {parameter: self._blocks[name] for name, parameter in self._whole.items()}
         require_int("devices", devices, minimum=1, remedy="Give the number of ranks on each machine.")
         between, self._inside = _groups(devices)
         self._machine, self._number = dist.get_rank(between), dist.get_rank(self._inside)
@@ -85,7 +91,7 @@ class OwnedExchange(GradientExchange):
     @property
     @override
     def parameters(self) -> Mapping[str, Tensor]:
-        return {name: parameter for name, parameter in self._named if parameter in self._slots}
+        return {name: parameter for name, parameter in self._whole.items() if self._slots_of(parameter)}
 
     @property
     @override
@@ -102,13 +108,17 @@ class OwnedExchange(GradientExchange):
     def bytes_in_node(self) -> int | None:
         return self._bytes_in_node
 
-    def owner_of(self, parameter: Tensor) -> int:
-        """Give the number of the rank in its machine that owns a parameter."""
-        return self._owner_of[parameter]
+    def blocks_of(self, parameter: Tensor) -> Sequence[Block]:
+        """Give the blocks that a parameter is cut into; itself alone, as a rule."""
+        return self._blocks_of[parameter]
+
+    def owner_of(self, block: Block) -> int:
+        """Give the number of the rank in its machine that owns a block."""
+        return self._owner_of[block.tensor]
 
     @override
     def compresses(self, parameter: Tensor) -> bool:
-        return parameter in self._slots and self._slots[parameter].rank > 0
+        return any(slot.rank > 0 for slot in self._slots_of(parameter))
 
     @override
     def begin_step(self) -> None:
@@ -162,7 +172,8 @@ class OwnedExchange(GradientExchange):
         # Of the first machine's ranks; those of other machines have the same, once errors are averaged.
         if self._gathered is None:
             own = self.state.state_dict(error_feedback=error_feedback)
-            self._gathered = {**own, "parameters": self._entries(own["parameters"]) if self._machine == 0 else {}}
+            entries = self._entries(own["parameters"]) if self._machine == 0 else {}
+            self._gathered = {**own, "parameters": joined(entries, self._blocks)}
 
     def _entries(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Give the entries of all owners on the first rank, with one error after the other on its way."""
@@ -193,19 +204,26 @@ class OwnedExchange(GradientExchange):
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> list[str]:
-        saved = state_dict.get("parameters")
-        if isinstance(saved, Mapping):
-            others = {name for name, _ in self._named} - self._ours
-            state_dict = {**state_dict, "parameters": {n: entry for n, entry in saved.items() if n not in others}}
         load = super().load_state_dict
-        lines = all_or_none(lambda: load(state_dict), self._inside)
+        lines = all_or_none(lambda: load(self._of_ours(state_dict)), self._inside)
         return list(dict.fromkeys(line for theirs in lines for line in theirs))
+
+    def _of_ours(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Give a state without what other ranks own."""
+        require_readable(state_dict)
+        saved = parted(state_dict["parameters"], self._blocks)
+        others = {name for name, _ in self._named} - self._ours
+        return {**state_dict, "parameters": {name: entry for name, entry in saved.items() if name not in others}}
 
     @override
     def _lay_out(self) -> None:
         super()._lay_out()
         self._plan = make_plan(self._named, self.state.config)
         self._slots = {self._by_name[slot.name]: slot for slot in self._plan.slots}
+
+    def _slots_of(self, parameter: Tensor) -> list[Slot]:
+        blocks = self._blocks_of.get(parameter, [])
+        return [self._slots[block.tensor] for block in blocks if block.tensor in self._slots]
 
     def _error_dtype(self, name: str) -> torch.dtype:
         return self.state.config.error_dtype or self._by_name[name].dtype

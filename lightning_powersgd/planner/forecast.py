@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
 from lightning_powersgd.compressor.parameters import parameter_name
 from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, Plan, Slot, make_plan
+from lightning_powersgd.exchange.blocks import in_blocks
 from lightning_powersgd.exchange.hierarchy import owners_of
 from lightning_powersgd.planner.measure import describe, measure_compression, measuring_device
 from lightning_powersgd.planner.parameters import parameters_of
@@ -327,14 +328,15 @@ def forecast_exchange(
         measured_on=measured_on,
         shards=shards,
         along_longest=None if shards == 1 else _sent_along_longest(whole, config, shards),
-        hierarchy=None if devices == 1 else _hierarchy(named, plan, config, compress_seconds, devices),
+        hierarchy=None if devices == 1 else _hierarchy(named, config, compress_seconds, devices),
     )
 
 
 def _hierarchy(
-    named: Iterable[tuple[str, Tensor]], plan: Plan, config: PowerSGDConfig, compress_seconds: float, devices: int
+    named: Iterable[tuple[str, Tensor]], config: PowerSGDConfig, compress_seconds: float, devices: int
 ) -> Hierarchy:
-    owners = owners_of([(parameter_name(name), parameter) for name, parameter in named], devices)
+    blocks = [(block.name, block.tensor) for blocks in in_blocks(named).values() for block in blocks]
+    plan, owners = make_plan(blocks, config), owners_of(blocks, devices)
     owned = [[slot for slot in plan.compressed if owners[slot.name] == owner] for owner in range(devices)]
     most, all_of_it = max(_elements(slots) for slots in owned), _elements(plan.compressed)
     share = most / all_of_it if all_of_it else 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd
+from lightning_powersgd.exchange import blocks
+from lightning_powersgd.exchange.averages import mean_over_ranks
+from lightning_powersgd.exchange.blocks import in_blocks
 from lightning_powersgd.exchange.hierarchy import OwnedExchange, _groups, owners_of
 
 
@@ -218,6 +222,140 @@ def _load_damaged() -> None:
     # One of the two owners has it.
     saved["parameters"]["layers.0.weight"]["rank"] = -1
     exchange.load_state_dict(saved)
+
+
+# A parameter that is a large part of the model
+
+
+class Words(nn.Module):
+    """Mostly an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(203, 8)
+        self.out = nn.Linear(8, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.embedding(x).tanh())
+
+
+def words() -> Words:
+    torch.manual_seed(0)
+    return Words()
+
+
+def cutting() -> Any:
+    """Take few elements for many, so that the embedding is cut into six blocks."""
+    return mock.patch.object(blocks, "SMALLEST", 1000)
+
+
+def step_of(net: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    net(torch.randint(0, 203, (64,), generator=generator)).square().mean().backward()
+
+
+def test_a_large_parameter_is_cut_so_that_owners_have_about_as_much():
+    named = [("wte", torch.empty(50257, 768, device="meta"))]
+    for layer in range(12):
+        shapes = {"qkv": (2304, 768), "out": (768, 768), "up": (3072, 768), "down": (768, 3072)}
+        named += [(f"{layer}.{name}", torch.empty(shape, device="meta")) for name, shape in shapes.items()]
+    cut = in_blocks(named)
+    assert [block.name for block in cut["wte"]][:2] == ["wte[0:10052]", "wte[10052:20104]"]
+    assert torch.cat([block.of(torch.arange(50257)) for block in cut["wte"]]).equal(torch.arange(50257))
+    owners = owners_of([(block.name, block.tensor) for each in cut.values() for block in each], 8)
+    loads = [0] * 8
+    for each in cut.values():
+        for block in each:
+            loads[owners[block.name]] += block.tensor.numel()
+    # The embedding alone is 2.5 times what each of eight owners should have.
+    assert max(loads) < 1.05 * sum(loads) / 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [((2**11, 2**11), "square"), ((2**9, 2**13), "wide"), ((2**18, 15), "small"), ((2**22,), "a vector")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_others_stay_whole(shape, why):
+    (only,) = in_blocks([("x", torch.empty(shape, device="meta"))])["x"]
+    assert (only.name, only.rows) == ("x", None), why
+
+
+@pytest.mark.parametrize("config", [{}, {"alternate": True}, {"rank": {"embedding.weight": 2, "*": 0}}], ids=str)
+def test_blocks_are_matrices_of_their_own(four_ranks, config):
+    for finite, agree, names, owned in four_ranks.run(_learn_words, config):
+        assert finite
+        assert agree
+        assert names == {"embedding.weight", "out.weight", "out.bias"}
+        # Three of the six blocks.
+        assert sum("embedding" in name for name in owned) == 3
+
+
+def _learn_words(config: dict[str, Any]) -> tuple[bool, bool, set[str], list[str]]:
+    with cutting():
+        net = words()
+        ddp, exchange = attach(net, **config)
+    before = net.embedding.weight.detach().clone()
+    mean = torch.zeros_like(before)
+    for step in range(40):
+        step_of(ddp, 0)
+        mean += net.embedding.weight.grad
+        ddp.zero_grad()
+    # What is sent over 40 equal steps is the gradient, but for what is still in the errors.
+    step_of(exact := words(), 0)
+    ((_, expected),) = mean_over_ranks({"": exact.embedding.weight.grad}, torch.device("cpu"))
+    close = torch.linalg.norm(mean / 40 - expected) < 0.1 * torch.linalg.norm(expected)
+    agree = gather_equal(list(ddp.parameters())) and gather_equal([mean])
+    return bool(close), agree, set(exchange.parameters), list(exchange.state.errors)
+
+
+@pytest.mark.parametrize("config", [{}, {"alternate": True}, {"error_dtype": "bfloat16"}], ids=str)
+def test_a_checkpoint_of_blocks_goes_on_with_the_same_bits_and_its_errors_fit_others(four_ranks, config):
+    assert four_ranks.run(_checkpoint_of_blocks, config) == [[True] * 5] * 4
+
+
+def _checkpoint_of_blocks(config: dict[str, Any]) -> list[bool]:
+    with cutting():
+        ddp, exchange = attach(words(), **config)
+        again, other = attach(words(), **config)
+    for step in range(3):
+        step_of(ddp, step)
+        ddp.zero_grad()
+    saved = saved_by_the_first(exchange)
+    equal = [not other.load_state_dict(saved)]
+    for step in range(3, 6):
+        step_of(ddp, step)
+        step_of(again, step)
+    equal.append(all(torch.equal(a.grad, b.grad) for a, b in zip(ddp.parameters(), again.parameters(), strict=True)))
+    # Without blocks, and back.
+    flat, settings = DistributedDataParallel(words()), {"rank": 2, "min_compression_ratio": 1.0, **config}
+    whole = attach_powersgd(flat, PowerSGDConfig(**settings))
+    lines = whole.load_state_dict(saved)
+    equal.append(all(line.startswith("embedding.weight") for line in lines))
+    state = whole.state_dict()
+    equal.append(
+        state["parameters"]["embedding.weight"]["error"].equal(saved["parameters"]["embedding.weight"]["error"])
+    )
+    with cutting():
+        _, back = attach(words(), **config)
+    back.load_state_dict(state)
+    everyones = saved_by_the_first(back)["parameters"]["embedding.weight"]["error"]
+    equal.append(everyones.equal(saved["parameters"]["embedding.weight"]["error"]))
+    return equal
+
+
+def test_another_shape_is_refused_for_blocks_as_for_others(four_ranks):
+    for text in four_ranks.run_to_errors(_another_shape):
+        assert "was saved for 'embedding.weight' of shape (200, 8), but the model's has shape (203, 8)" in text
+
+
+def _another_shape() -> None:
+    net = words()
+    net.embedding = nn.Embedding(200, 8)
+    flat = attach_powersgd(DistributedDataParallel(net), PowerSGDConfig(rank=2, min_compression_ratio=1.0))
+    with cutting():
+        _, exchange = attach(words())
+    exchange.load_state_dict(flat.state_dict())
 
 
 # Owners, and what is refused
