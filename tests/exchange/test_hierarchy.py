@@ -295,9 +295,8 @@ def _learn_words(config: dict[str, Any]) -> tuple[bool, bool, set[str], list[str
     with cutting():
         net = words()
         ddp, exchange = attach(net, **config)
-    before = net.embedding.weight.detach().clone()
-    mean = torch.zeros_like(before)
-    for step in range(40):
+    mean = torch.zeros_like(net.embedding.weight)
+    for _ in range(40):
         step_of(ddp, 0)
         mean += net.embedding.weight.grad
         ddp.zero_grad()
