@@ -7,6 +7,7 @@ the device, which decides by itself, and the host asks when the answer has long 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +43,15 @@ class Verdict:
     """
 
     def __init__(self, answers: Tensor) -> None:
-        self._answers = answers.to("cpu", non_blocking=answers.is_cuda)
-        self._arrived = torch.cuda.Event() if answers.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._arrived is not None:
-            self._arrived.record(torch.cuda.current_stream(answers.device))
+        self._arrived: Any = None
+        if _waits_for(answers.device):
+            self._answers = answers
+            return
+        accelerator = torch.get_device_module(answers.device)
+        # Into pinned memory: only then the host goes on meanwhile.
+        self._answers = answers.to("cpu", non_blocking=True)
+        self._arrived = accelerator.Event()
+        self._arrived.record(accelerator.current_stream(answers.device))
 
     def tolist(self) -> list[bool]:
         """Give the answers."""

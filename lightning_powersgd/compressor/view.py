@@ -33,7 +33,7 @@ def matrix_order(tensor: Tensor, split: int = 1) -> tuple[int, ...] | None:
     for order in (in_shape_order, in_memory_order) if split == 1 else (in_shape_order,):
         try:
             as_matrix(tensor, order, split)
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # the latter where a tensor has no memory, as in tracing
             continue
         return order
     return None

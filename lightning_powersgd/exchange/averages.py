@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_powersgd.compressor.view import as_real
+from lightning_powersgd.exchange.hashing import random_signs
 
 
 def mean_over_ranks(
@@ -70,13 +71,13 @@ def consensus_distance(
 
 
 def _sketch(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    generator = torch.Generator(device).manual_seed(0)
-    sketch = torch.zeros(_SKETCH, dtype=torch.float64, device=device)
+    sketch, place = torch.zeros(_SKETCH, dtype=torch.float64, device=device), 0
     for tensor in tensors:
         for chunk in torch.split(tensor.detach().reshape(-1), _SKETCH * 1024):
             padded = torch.nn.functional.pad(chunk, (0, -len(chunk) % _SKETCH))
-            signs = torch.randint(0, 2, padded.shape, generator=generator, device=device, dtype=torch.int8)
-            sketch += (padded * (2 * signs - 1)).view(-1, _SKETCH).sum(dim=0, dtype=torch.float64)
+            signs = random_signs(len(padded), device, place)
+            place += len(padded)
+            sketch += (padded * signs).view(-1, _SKETCH).sum(dim=0, dtype=torch.float64)
     return sketch
 
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.plan import Plan, Slot
+from lightning_powersgd.compressor.precision import full_precision
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.verdict import any_of, known
 from lightning_powersgd.exchange.averages import mean_over_ranks
@@ -167,7 +168,17 @@ class GradientExchange:
         self._lay_out()
 
     def begin_step(self) -> None:
-        """Begin a step. One that was broken off by an exception is forgotten."""
+        """Begin a step. One that was broken off by an exception is forgotten.
+
+        Raises:
+            RuntimeError: if the step is captured as a CUDA graph.
+        """
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "This backward pass is captured as a CUDA graph, and PowerSGD decides anew in every step what it sends:"
+                " a replay would repeat one step's decisions. Capture the forward and backward pass of a module without"
+                " DDP, or train without CUDA graphs."
+            )
         self.exchanging = True
         self._dense_bytes = 0
         self._wires.begin_step(self.state.encodes)
@@ -192,7 +203,8 @@ class GradientExchange:
         self._count(gradient)
         if not self.alone:
             index, slot = self._place[parameter]
-            self._groups[index].take(slot, gradient)
+            with full_precision(self._device):
+                self._groups[index].take(slot, gradient)
 
     def average(self, flat: Tensor) -> None:
         """Average gradients that a source has packed itself, to the last bit as DDP does: divide, then sum.
@@ -212,11 +224,12 @@ class GradientExchange:
     def advance(self) -> None:
         """Start the groups whose gradients are all there, in their order."""
         groups = self._groups
-        while self._started < len(groups) and groups[self._started].complete:
-            if self._started > 0:
-                groups[self._started - 1].proceed()
-            groups[self._started].start()
-            self._started += 1
+        with full_precision(self._device):
+            while self._started < len(groups) and groups[self._started].complete:
+                if self._started > 0:
+                    groups[self._started - 1].proceed()
+                groups[self._started].start()
+                self._started += 1
 
     def end_step(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Receive what is on its way, and write the averages over the gradients.
@@ -232,11 +245,11 @@ class GradientExchange:
         """
         self.advance()
         self._require_all_gradients()
-        if self._started:
-            self._groups[-1].proceed()
-        for work in self._averaging:
-            work.wait()
-        averages = self._finish_compressed() if self.state.compressing else {}
+        with full_precision(self._device):
+            if self._started:
+                self._groups[-1].proceed()
+            self._wait()
+            averages = self._finish_compressed() if self.state.compressing else {}
         self._forget_gradients()
         self.state.finish_step(self._dense_bytes, self._wires.sent_bytes)
         if self._reached is not None:
@@ -372,8 +385,14 @@ class GradientExchange:
         # At the end of a step, or they would stay in memory, also when DDP makes new buckets; and at the beginning,
         # since an exception may have broken off the last backward pass.
         self._started = 0
-        self._averaging = []
+        self._wait()
         for exact in self._exact:
             exact.forget()
         for compressed in self._compressed:
             compressed.forget()
+
+    def _wait(self) -> None:
+        """Wait for what a source has packed itself."""
+        averaging, self._averaging = self._averaging, []
+        for work in averaging:
+            work.wait()

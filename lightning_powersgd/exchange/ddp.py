@@ -115,7 +115,7 @@ class DDPBuckets:
             self.exchange.begin_step()
         self.take(bucket)
         device = bucket.buffer().device
-        future: Future[Tensor] = Future(devices=[device] if device.type == "cuda" else None)
+        future: Future[Tensor] = Future(devices=None if device.type == "cpu" else [device])
         self._futures.append((future, bucket.buffer()))
         if bucket.is_last():
             self.end_step()

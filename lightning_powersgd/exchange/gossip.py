@@ -32,6 +32,7 @@ from torch import Tensor
 from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
 from lightning_powersgd.compressor.parameters import common_device, parameter_name
 from lightning_powersgd.compressor.plan import Plan, make_plan
+from lightning_powersgd.compressor.precision import full_precision
 from lightning_powersgd.exchange.averaging import Averaging
 from lightning_powersgd.exchange.links import Links
 from lightning_powersgd.exchange.topology import ALL, Topology
@@ -228,7 +229,8 @@ class GossipExchange:
         sent_before = self.total_sent_bytes
         for _ in range(self.config.iterations):
             self.finish()
-            self.total_sent_bytes += links.start()
+            with full_precision(self.device):
+                self.total_sent_bytes += links.start()
             self._under_way = links
         if not self.config.overlap:
             self.finish()
@@ -243,7 +245,8 @@ class GossipExchange:
         """Receive what is on its way, if anything is, and let it take effect."""
         links, self._under_way = self._under_way, None
         if links is not None:
-            self.total_sent_bytes += links.finish()
+            with full_precision(self.device):
+                self.total_sent_bytes += links.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a rank needs beside its own model to go on with the same bits, in the topology "all"."""

@@ -6,6 +6,8 @@ has come back. A compressed group will *finish* when all that the step sent is t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from lightning_powersgd.exchange.loss_scale import LossScale
 from lightning_powersgd.exchange.matrix import Matrix
 from lightning_powersgd.exchange.use import ReachedParameters
 from lightning_powersgd.exchange.wire import Wire, Wires
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Work
 
 
 class _Group:
@@ -49,7 +54,9 @@ class ExactGroup(_Group):
 
     def __init__(self, group: Group, wires: Wires) -> None:
         super().__init__(group, wires)
-        self.forget()
+        self._gradients: list[Tensor] = []
+        self._flat = torch.empty(0)
+        self._work: Work | None = None
 
     def take(self, slot: Slot, gradient: Tensor) -> None:
         """Take in a gradient, which is overwritten with the average."""
@@ -63,17 +70,22 @@ class ExactGroup(_Group):
 
     def proceed(self) -> None:
         """Receive the averages."""
-        if self._work is not None:
-            self._work.wait()
+        self._wait()
         parts = torch.split(self._flat, [gradient.numel() for gradient in self._gradients])
         for gradient, part in zip(self._gradients, parts, strict=True):
             gradient.copy_(part.view(gradient.shape))
 
     def forget(self) -> None:
         """Let go of the step's gradients."""
+        self._wait()
         self._taken.clear()
-        self._gradients: list[Tensor] = []
-        self._flat, self._work = torch.empty(0), None
+        self._gradients = []
+        self._flat = torch.empty(0)
+
+    def _wait(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
 
 
 class CompressedGroup(_Group):

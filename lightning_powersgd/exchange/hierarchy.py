@@ -24,6 +24,7 @@ from lightning_powersgd.compressor.checkpoint import require_readable
 from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
 from lightning_powersgd.compressor.parameters import parameter_name
 from lightning_powersgd.compressor.plan import Plan, Slot, make_plan
+from lightning_powersgd.compressor.precision import full_precision
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.view import as_real
 from lightning_powersgd.exchange.agreement import all_or_none, of_all_ranks, require_agreement
@@ -163,9 +164,10 @@ class OwnedExchange(GradientExchange):
                     values = factors[slot.name] if in_factors else (averaged[parameter],)
                 by_dtype.setdefault(dtype, []).append(_Part(gradient, slot if in_factors else None, values))
             spreads += [_Spread(parts, dtype, owner, self._inside) for dtype, parts in by_dtype.items()]
-        for spread in spreads:
-            self._bytes_in_node += spread.nbytes
-            spread.finish()
+        with full_precision(self._device):
+            for spread in spreads:
+                self._bytes_in_node += spread.nbytes
+                spread.finish()
 
     @override
     def gather_state(self, *, error_feedback: bool) -> None:

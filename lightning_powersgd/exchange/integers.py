@@ -126,6 +126,7 @@ class IntegerWire(Wire):
 
     @override
     def forget(self) -> None:
+        super().forget()
         self._segments, self._factors, self._flags = [], [], []
 
     def _second_hop(self, received: Tensor) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor
 from lightning_powersgd.compressor.view import as_real
 from lightning_powersgd.exchange.agreement import in_common
 from lightning_powersgd.exchange.averages import distance_between
+from lightning_powersgd.exchange.hashing import random_words
 
 # Words in a row of what a checksum adds up by rows and by columns: a prime, so that a matrix's rows lie askew in it.
 _COLUMNS = 257
+# Bytes up to which tensors are copied side by side.
+_SMALL = 2**20
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -30,25 +33,20 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
     Returns:
         An int64 scalar on their device.
     """
+    octets = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in tensors.values()]
+    small = [each for each in octets if len(each) <= _SMALL]
     parts = []
-    for tensor in tensors.values():
-        octets = tensor.detach().contiguous().flatten().view(torch.uint8)
-        if octets.storage_offset() % 8:
-            octets = octets.clone()  # or it could not be read eight at a time
-        grid = 8 * _COLUMNS * (len(octets) // (8 * _COLUMNS))
-        words = octets[:grid].view(torch.int64).view(-1, _COLUMNS)
-        rest = torch.nn.functional.pad(octets[grid:], (0, -len(octets) % 8)).view(torch.int64)
+    # Small ones together, or a device would be busy with beginning.
+    for each in [*(each for each in octets if len(each) > _SMALL), *([torch.cat(small)] if small else [])]:
+        # What does not begin at a multiple of eight could not be read eight at a time.
+        aligned = each.clone() if each.storage_offset() % 8 else each
+        grid = 8 * _COLUMNS * (len(aligned) // (8 * _COLUMNS))
+        words = aligned[:grid].view(torch.int64).view(-1, _COLUMNS)
+        rest = torch.nn.functional.pad(aligned[grid:], (0, -len(aligned) % 8)).view(torch.int64)
         parts += [words.sum(dim=0), 2 * words.sum(dim=1), rest]
     sums = torch.cat(parts)
-    return (sums * _weights(len(sums), sums.device)).sum()
-
-
-def _weights(count: int, device: torch.device) -> Tensor:
-    """Give odd integers that look random, the same everywhere (SplitMix64's, Steele et al., 2014, with signs)."""
-    x = torch.arange(1, count + 1, device=device) * -0x61C8864680B583EB
-    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
-    x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
-    return (x ^ (x >> 31)) | 1
+    # Odd, so that no difference of a single word is lost in an overflow.
+    return (sums * (random_words(len(sums), sums.device) | 1)).sum()
 
 
 def replicas_agree(tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> bool:

@@ -134,7 +134,12 @@ class Wire:
             own.copy_(part).mul_(self._wires.world_size)
 
     def forget(self) -> None:
-        """Let go of a step that was broken off."""
+        """Let go of a step that was broken off, when what it has sent no longer touches the buffer."""
+        if self._in_flight is not None:
+            work, _ = self._in_flight
+            if work is not None:
+                work.wait()
+            self._in_flight = None
 
     def send(self, payload: Tensor) -> None:
         """Start the all-reduce of a payload, which is the beginning of the buffer or borrowed; not of an empty one."""

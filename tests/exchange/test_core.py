@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ranks import counted_all_reduce
 from torch import Tensor, nn
 
 from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState
+from lightning_powersgd.compressor import native
 
 
 def exchange_of(net: nn.Module, group_bytes: int = 2**20, arrival: Iterable[str] | None = None, **settings):
@@ -187,6 +190,96 @@ def _forget_a_gradient() -> None:
     net = make_net()
     backward(net, make_batches(1)[0])
     hand_over(exchange_of(net), list(net.parameters())[:-1])
+
+
+@contextmanager
+def _autocast() -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@contextmanager
+def _medium() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _of_the_backend() -> Iterator[None]:
+    products = torch.backends.mkldnn.matmul
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    try:
+        yield
+        assert products.fp32_precision == "bf16"
+    finally:
+        products.fp32_precision = before
+
+
+@pytest.mark.parametrize("rank", [1, 2, 32])
+@pytest.mark.parametrize("wishes", [_autocast, _medium, _of_the_backend])
+def test_what_a_program_asks_of_its_own_products_does_not_reach_the_exchange(two_ranks, wishes, rank):
+    for expected, found in two_ranks.run(_beside, wishes, rank):
+        assert expected == found
+
+
+def _beside(wishes: Callable[[], AbstractContextManager[None]], rank: int) -> list[list[bytes]]:
+    results = []
+    # The passes of the compiled library ask nobody.
+    with mock.patch.object(native, "library", return_value=None):
+        for context in (nullcontext, wishes):
+            torch.manual_seed(dist.get_rank())
+            parameters = [nn.Parameter(torch.randn(256, 320)), nn.Parameter(torch.randn(320, 256))]
+            named = {str(number): parameter for number, parameter in enumerate(parameters)}
+            settings = PowerSGDConfig(rank=rank, min_compression_ratio=1.0)
+            exchange = GradientExchange(PowerSGDState(named.items(), settings))
+            for _ in range(3):
+                for parameter in parameters:
+                    parameter.grad = torch.randn_like(parameter)
+                with context():
+                    hand_over(exchange, parameters)
+            results.append([parameter.grad.numpy().tobytes() for parameter in parameters])
+    return results
+
+
+def test_a_captured_graph_is_refused(two_ranks):
+    for error in two_ranks.run_to_errors(_capture):
+        assert "is captured as a CUDA graph" in error
+
+
+def _capture() -> None:
+    exchange = exchange_of(make_net())
+    exchange._device = torch.device("cuda")
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+        exchange.begin_step()
+
+
+def test_what_a_broken_step_has_sent_is_waited_for(two_ranks):
+    """Or it would be added to what the next step packs into the same memory."""
+    assert two_ranks.run(_waits) == [[True] * 4] * 2
+
+
+def _waits() -> list[bool]:
+    waited = []
+    for config in ({}, {"alternate": True}, {"comm_dtype": "int8"}, {"start_step": 9}):
+        net = make_net()
+        exchange = exchange_of(net, **config)
+        for _ in range(3):  # the integers' magnitudes are known then
+            backward(net, make_batches(1)[0])
+            hand_over(exchange, net.parameters())
+        exchange.begin_step()
+        for parameter in net.parameters():
+            exchange.take(parameter, parameter.grad)
+        exchange.advance()
+        works = [work for wire in exchange._wires._wires if wire._in_flight for work in wire._in_flight[:1]]
+        works += [group._work for group in exchange._exact if group._work is not None]
+        exchange.begin_step()
+        waited.append(len(works) > 0 and all(work.is_completed() for work in works))
+    return waited
 
 
 def test_a_step_goes_on_after_one_that_was_broken_off(two_ranks):
