@@ -52,7 +52,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def like_an_accelerator(yes: bool):
     """Let the exchange go the way it goes where the host does not wait for the device."""
     return (
-        mock.patch("lightning_powersgd.compressor.verdict._waits_for", return_value=False)
+        mock.patch("lightning_powersgd.compressor.verdict.host_waits_for", return_value=False)
         if yes
         else contextlib.nullcontext()
     )

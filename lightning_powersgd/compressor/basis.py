@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lightning_powersgd.compressor.verdict import known
+from lightning_powersgd.compressor import verdict
 
 
 def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Orthonormalise a factor: the rows of the result are orthonormal and span the rows of the input.
+    """Orthonormalise factors: the rows of the result are orthonormal and span the rows of the input.
 
-    Householder reflections keep ``‖P̂ P̂ᵀ − I‖`` at rounding level whatever the condition of the input, and complete
-    the basis where the input is zero or rank-deficient. Half precision is computed in float32.
+    On a CPU by Householder reflections. They keep ``‖P̂ P̂ᵀ − I‖`` at rounding level whatever the condition of the input,
+    and complete the basis where the input is zero or rank-deficient. On an accelerator, where each matrix would be a
+    call of its own, by Cholesky's factor of the Gram matrix, twice (see `_from_gram_matrix`).
 
     Columns of zeros stay exactly zero, unless all are: a row or column that no rank's gradient has must not move, such
     as an embedding's for padding. From a basis of full rank this takes rounding only. What completes another is
@@ -27,14 +29,49 @@ def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         Of the factor's shape, contiguous.
     """
-    wide = factor.to(torch.promote_types(dtype, torch.float32))
-    basis: Tensor = torch.linalg.qr(wide.mT, mode="reduced").Q.mT
+    if verdict.host_waits_for(factor.device):
+        wide = factor.to(torch.promote_types(dtype, torch.float32))
+        basis: Tensor = torch.linalg.qr(wide.mT, mode="reduced").Q.mT
+    else:
+        basis = _from_gram_matrix(factor)
     basis = basis.to(dtype).contiguous()
     there = factor.any(dim=-2, keepdim=True)
-    if known(there.all()) is True:
+    if verdict.host_waits_for(factor.device) and there.all():
         # As nearly always: many small factors spend their time in such small operations.
         return basis
     return basis.mul_(there | ~there.any(dim=-1, keepdim=True))
+
+
+# Of a row's largest entry. It makes independent what is not, and moves the span by no more than float32's rounding. A
+# hundredth of it is too little: factors of rank 1 or 0 came out as NaN.
+_TRACE = 1e-7
+
+
+def _from_gram_matrix(factor: Tensor) -> Tensor:
+    """Orthonormalise factors by Cholesky's factor of their Gram matrix, with no answer that the host has to wait for.
+
+    In float64, on rows scaled to a largest entry of 1, to which a small random trace is added. Twice, since once leaves
+    what the condition of the input has magnified.
+
+    Args:
+        factor: (…, r, k).
+
+    Returns:
+        (…, r, k), float64.
+    """
+    wide = factor.double()
+    largest = torch.linalg.vector_norm(wide, torch.inf, dim=-1, keepdim=True)
+    trace = _trace(*factor.shape[-2:], factor.device)
+    basis = torch.addcdiv(trace, wide, largest.clamp_min_(torch.finfo(torch.float64).tiny))
+    for _ in range(2):
+        triangle, _ = torch.linalg.cholesky_ex(basis @ basis.mT)
+        basis = torch.linalg.solve_triangular(triangle, basis, upper=False)
+    return basis
+
+
+@lru_cache(maxsize=256)
+def _trace(rank: int, length: int, device: torch.device) -> Tensor:
+    return _TRACE * random_factor(f"trace/{rank}/{length}", rank, length).double().to(device)
 
 
 def unique_basis(factor: Tensor, trace: Tensor, dtype: torch.dtype) -> Tensor:

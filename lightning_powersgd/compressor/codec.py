@@ -70,22 +70,22 @@ class Format:
         return 0.0 if self.integer else _FIRST_MAGNITUDE
 
     def magnitude(self, factor: Tensor) -> Tensor:
-        """Give the magnitudes of a factor's rows, (r, 1); 0 of a row of zeros."""
+        """Give the magnitudes of the rows of factors (…, r, k), (…, r, 1); 0 of a row of zeros."""
         if self.integer:
-            norm: Tensor = torch.linalg.vector_norm(factor, dim=1, keepdim=True)
-            return norm / math.sqrt(factor.shape[1])
-        return factor.abs().amax(dim=1, keepdim=True)
+            norm: Tensor = torch.linalg.vector_norm(factor, dim=-1, keepdim=True)
+            return norm / math.sqrt(factor.shape[-1])
+        return factor.abs().amax(dim=-1, keepdim=True)
 
     def gain(self, magnitude: Tensor, profile: Tensor | None, world_size: int) -> Tensor:
         """Give what rows of about a magnitude are multiplied by for the wire.
 
         Args:
-            magnitude: (r, 1).
-            profile: (1, k), for integers.
+            magnitude: (…, r, 1).
+            profile: (…, 1, k), for integers.
             world_size: W.
 
         Returns:
-            (r, k) for integers, else (r, 1); float32.
+            (…, r, k) for integers, else (…, r, 1); float32.
         """
         return half_gain(magnitude) if profile is None else integer_gain(magnitude, profile, self.bits, world_size)
 
@@ -113,10 +113,10 @@ def half_gain(magnitude: Tensor) -> Tensor:
     """Give the powers of two that bring rows of a factor into the range of float16.
 
     Args:
-        magnitude: (r, 1), about the largest magnitude in each row.
+        magnitude: (…, r, 1), about the largest magnitude in each row.
 
     Returns:
-        (r, 1), float32.
+        (…, r, 1), float32.
     """
     exponent = (_HALF_EXPONENT - torch.frexp(magnitude.float()).exponent).clamp(-100, 100)
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
@@ -138,13 +138,13 @@ def most_levels(bits: int, world_size: int) -> int:
 
 
 def profile_of(factor: Tensor, magnitude: Tensor) -> Tensor:
-    """Give the mean over its rows of a factor's squares, (1, k), in units of their mean in each row.
+    """Give the mean over its rows of a factor's squares, (…, 1, k), in units of their mean in each row.
 
     Args:
-        factor: (r, k).
-        magnitude: (r, 1), the root mean square of its rows. One of zeros counts as it is.
+        factor: (…, r, k).
+        magnitude: (…, r, 1), the root mean square of its rows. One of zeros counts as it is.
     """
-    return (factor / magnitude.clamp_min(_TINY)).square_().mean(dim=0, keepdim=True)
+    return (factor / magnitude.clamp_min(_TINY)).square_().mean(dim=-2, keepdim=True)
 
 
 def integer_gain(magnitude: Tensor, profile: Tensor, bits: int, world_size: int) -> Tensor:
@@ -153,18 +153,18 @@ def integer_gain(magnitude: Tensor, profile: Tensor, bits: int, world_size: int)
     A rank's own factor is larger than the average by up to √W, where gradients are noise for the most part.
 
     Args:
-        magnitude: (r, 1), the root mean square of each row of the averaged factor.
-        profile: (1, k), proportional to the mean squares of its entries (see `profile_of`).
+        magnitude: (…, r, 1), the root mean square of each row of the averaged factor.
+        profile: (…, 1, k), proportional to the mean squares of its entries (see `profile_of`).
         bits: of an integer.
         world_size: W.
 
     Returns:
-        (r, k), float32.
+        (…, r, k), float32.
     """
     room = _ROOM[bits] * math.sqrt(world_size)
     rows = (most_levels(bits, world_size) / room) / magnitude.clamp_min(_TINY)
     # Its mean falls while there is no gradient, and only its shape counts.
-    shape = profile / profile.mean().clamp_min(_TINY)
+    shape = profile / profile.mean(dim=-1, keepdim=True).clamp_min(_TINY)
     return rows * shape.clamp_min_(_LEAST_PROFILE).rsqrt_()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_powersgd.compressor import native
-from lightning_powersgd.compressor.codec import cut, saturated
+from lightning_powersgd.compressor.codec import saturated
 
 # Up to this rank, writing P Qᵀ as one elementwise pass a column is faster on a CPU than a matrix product whose inner
 # dimension is so short.
@@ -19,7 +19,6 @@ def project(
     out: Tensor,
     error: Tensor | None = None,
     scale: float | Tensor = 1.0,
-    gain: Tensor | None = None,
 ) -> None:
     """Write ``out = basis @ (matrix + scale · error)``, and leave the sum M in the matrix.
 
@@ -32,7 +31,6 @@ def project(
         out: (r, l), of any floating dtype.
         error: (k, l), of the matrix's dtype or a narrower one.
         scale: of the loss, in units of the one that the error was computed at. A scalar tensor stays on its device.
-        gain: (r, 1) or (r, l): what `out` is multiplied by for the wire (see `codec`).
     """
     library = native.library_for(matrix)
     if error is not None and not (library and error.dtype == matrix.dtype and isinstance(scale, float)):
@@ -51,9 +49,7 @@ def project(
     else:
         torch.mm(basis, matrix, out=product)
     if product is not out:
-        out.copy_(product if gain is None else cut(product * gain))
-    elif gain is not None:
-        out.mul_(gain)
+        out.copy_(product)
 
 
 def decompress(

@@ -139,6 +139,17 @@ class Group:
         """In which the payload is packed."""
         return self.formats[0].dtype
 
+    def length(self, side: Side) -> int:
+        """Elements of the factors of a side."""
+        return sum(slot.rank * slot.length(side) for slot in self.compressed)
+
+    def stacks(self, side: Side) -> list[tuple[Slot, ...]]:
+        """Part the compressed slots by the shapes of their factors of a side, which lie on the wire in that order."""
+        by_shape: dict[tuple[int, int], list[Slot]] = {}
+        for slot in self.compressed:
+            by_shape.setdefault((slot.rank, slot.length(side)), []).append(slot)
+        return [tuple(slots) for slots in by_shape.values()]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,18 @@ from lightning_powersgd.compressor.codec import saturated
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.parameters import common_device, parameter_name
 from lightning_powersgd.compressor.passes import assign
-from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, SIDES, Plan, Side, Slot, make_plan, other_side
+from lightning_powersgd.compressor.plan import (
+    DEFAULT_GROUP_BYTES,
+    SIDES,
+    Group,
+    Plan,
+    Side,
+    Slot,
+    make_plan,
+    other_side,
+)
 from lightning_powersgd.compressor.scales import Scales
+from lightning_powersgd.compressor.stacks import Stacks
 from lightning_powersgd.compressor.verdict import Verdict
 
 
@@ -56,6 +66,7 @@ class PowerSGDState:
         parameters: the trainable parameters by name.
         errors: error buffers by name; empty without error feedback.
         factors: by name, the factors held for the next step, by side.
+        held_factors: the same by group and side, stacked by shape.
         scales: the sizes of factors that travel with a gain.
         drawn: by name, the sides of factors that hold a row as it was drawn, not yet computed from gradients; only of
             alternating steps, since a full step holds nothing but what it makes of such a row.
@@ -100,13 +111,14 @@ class PowerSGDState:
         # What a device will have answered when the next step begins: whether the last one was kept, and which of its
         # factors hold nothing drawn any more.
         self._verdict: Verdict | None = None
-        self._asked: list[tuple[str, Side, Tensor]] = []
+        self._asked: list[tuple[list[str], Side, Tensor]] = []
         self.dense_bytes = 0
         self.sent_bytes = 0
         self.total_dense_bytes = 0
         self.total_sent_bytes = 0
         self.errors: dict[str, Tensor] = {}
         self.factors: dict[str, dict[Side, Tensor]] = {}
+        self.held_factors: list[dict[Side, Stacks]] = []
         self.drawn: dict[str, set[Side]] = {}
         self.loss_scale = torch.ones((), device=self.device)
         self._make_buffers()
@@ -134,16 +146,21 @@ class PowerSGDState:
         self._make_buffers()
 
     def _make_buffers(self) -> None:
-        self.scales = Scales(self.plan.compressed, self.device)
+        self.scales = Scales(self.plan.groups, self.device)
+        self.held_factors = []
         for group in self.plan.groups:
+            held: dict[Side, Stacks] = {}
+            for side in SIDES if self.config.alternate else SIDES[1:]:
+                flat = torch.empty(group.length(side), dtype=group.dtype, device=self.device)
+                held[side] = Stacks(group, side, flat)
+                self._draw(group, side, held[side])
+            self.held_factors.append(held)
+            factors = {side: stacks.named() for side, stacks in held.items()}
             for slot in group.compressed:
                 if self.config.error_feedback:
                     parameter, dtype = self.parameters[slot.name], self.config.error_dtype
                     self.errors[slot.name] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-                self.factors[slot.name] = {
-                    side: self.first_factor(slot, side).to(self.device, group.dtype)
-                    for side in (SIDES if self.config.alternate else SIDES[1:])
-                }
+                self.factors[slot.name] = {side: by_name[slot.name] for side, by_name in factors.items()}
                 self.drawn[slot.name] = set(SIDES if self.config.alternate else ())
 
     def first_factor(self, slot: Slot, side: Side) -> Tensor:
@@ -157,26 +174,50 @@ class PowerSGDState:
         draw = f"{self.config.seed}/{slot.name}/{side}" + ("" if self.config.warm_start else f"/{self.step}")
         return random_factor(draw, slot.rank, slot.length(side))
 
-    def start_factor(self, slot: Slot) -> Tensor:
-        """Give the factor that this step starts from: the last step's, or without warm start a new random one."""
-        held = self.factors[slot.name][self.held]
-        return held if self.config.warm_start else held.copy_(self.first_factor(slot, self.held))
-
-    def keep_factor(self, name: str, side: Side, factor: Tensor, keep: bool | Tensor = True) -> None:
-        """Keep an averaged factor as the next warm start, if it is to be one, and the magnitudes of its rows.
+    def start_factors(self, group: int) -> Stacks:
+        """Give the factors that this step starts from: the last step's, or without warm start new random ones.
 
         Args:
-            name: of the parameter.
-            side: of the factor.
-            factor: (r, n) or (r, m).
-            keep: as in `assign`.
+            group: its place in the plan.
         """
-        if side in self.factors[name]:
-            kept = self.factors[name][side]
-            assign(kept, normalize_rows(factor, fallback=kept), keep)
-            if side in self.drawn[name] and self.config.warm_start:
-                self._asked.append((name, side, factor.any(dim=1).all() & keep))
-        self.scales.keep(name, side, factor, keep)
+        held = self.held_factors[group][self.held]
+        if not self.config.warm_start:
+            self._draw(self.plan.groups[group], self.held, held)
+        return held
+
+    def _draw(self, group: Group, side: Side, stacks: Stacks) -> None:
+        """Draw the first factors of a group, in one journey to the device."""
+        slots = [slot for alike in group.stacks(side) for slot in alike]
+        if slots:
+            stacks.flat.copy_(torch.cat([self.first_factor(slot, side).flatten() for slot in slots]))
+
+    def keep_factors(self, group: int, side: Side, factors: Sequence[Tensor], keep: Sequence[bool | Tensor]) -> None:
+        """Keep averaged factors as the next warm start, if they are to be one, and the magnitudes of their rows.
+
+        Args:
+            group: its place in the plan.
+            side: of the factors.
+            factors: by shape, (b, r, n) or (b, r, m).
+            keep: by shape, whether to; of each matrix as a tensor (b, 1, 1), which stays on its device.
+        """
+        if side in self.held_factors[group]:
+            held = self.held_factors[group][side].blocks
+            for kept, factor, keep_these in zip(held, factors, keep, strict=True):
+                assign(kept, normalize_rows(factor, fallback=kept), keep_these)
+            self._ask_whether_computed(group, side, factors, keep)
+        self.scales.of_groups[group].keep(side, factors, keep)
+
+    def _ask_whether_computed(
+        self, group: int, side: Side, factors: Sequence[Tensor], keep: Sequence[bool | Tensor]
+    ) -> None:
+        """Let the device find out which factors hold nothing drawn any more."""
+        if not self.config.warm_start:
+            return
+        for slots, factor, keep_these in zip(self.plan.groups[group].stacks(side), factors, keep, strict=True):
+            names = [slot.name for slot in slots]
+            if any(side in self.drawn[name] for name in names):
+                kept = keep_these.flatten() if isinstance(keep_these, Tensor) else keep_these
+                self._asked.append((names, side, factor.any(dim=2).all(dim=1) & kept))
 
     @property
     def encodes(self) -> bool:
@@ -229,7 +270,8 @@ class PowerSGDState:
         if self._verdict is not None:
             (kept, *computed), asked = self._verdict.tolist(), self._asked
             self._verdict, self._asked = None, []
-            for (name, side, _), whole in zip(asked, computed, strict=True):
+            places = [(name, side) for names, side, _ in asked for name in names]
+            for (name, side), whole in zip(places, computed, strict=True):
                 self.drawn[name] -= {side} if whole else set()
             if kept:
                 self._held = other_side(self._held)
@@ -249,8 +291,8 @@ class PowerSGDState:
             self.averaged = False
         self.scales.learn()
         if self.config.alternate:
-            answers = [torch.as_tensor(kept, device=self.device), *(whole for _, _, whole in self._asked)]
-            self._verdict = Verdict(torch.stack(answers))
+            answers = [torch.as_tensor(kept, device=self.device).view(1), *(whole for _, _, whole in self._asked)]
+            self._verdict = Verdict(torch.cat(answers))
 
     def state_dict(self, *, error_feedback: bool = True) -> dict[str, Any]:
         """Give the state as tensors, numbers and strings, by parameter name: loadable with ``weights_only=True``.
@@ -343,7 +385,7 @@ class PowerSGDState:
         return error, error + _squared_norm(projections, self.device)
 
     def to(self, device: torch.device) -> None:
-        """Move the buffers to a device, as Lightning moves an optimizer's state when a fit ends."""
+        """Move what a checkpoint needs to a device, as Lightning moves an optimizer's state when a fit ends."""
         self.device = device
         self.loss_scale = self.loss_scale.to(device)
 
@@ -354,6 +396,7 @@ class PowerSGDState:
         self.factors = with_tensors(self.factors, move)
         self.scales.magnitudes = with_tensors(self.scales.magnitudes, move)
         self.scales.profiles = with_tensors(self.scales.profiles, move)
+        self.held_factors, self.scales.of_groups = [], []
         self._waiting = {name: with_tensors(entry, move) for name, entry in self._waiting.items()}
 
     def _slot_entry(self, slot: Slot, error_feedback: bool) -> dict[str, Any]:

@@ -15,24 +15,18 @@ from torch import Tensor
 
 def known(scalar: Tensor) -> bool | float | Tensor:
     """Give a number to the host where that costs nothing, or else leave it on its device."""
-    return scalar.item() if _waits_for(scalar.device) else scalar
+    return scalar.item() if host_waits_for(scalar.device) else scalar
+
+
+def known_each(answers: Tensor) -> list[bool] | list[Tensor]:
+    """Give several answers, as `known` gives one."""
+    return answers.tolist() if host_waits_for(answers.device) else list(answers.unbind())
 
 
 def any_of(answers: Sequence[bool | Tensor]) -> bool | Tensor:
     """Whether any of several answers is yes; on the device if one of them is there."""
     on_device = [answer for answer in answers if isinstance(answer, Tensor)]
     return torch.stack(on_device).any() if on_device else any(answers)
-
-
-def finite_each(factors: Sequence[Sequence[Tensor]]) -> list[bool | Tensor]:
-    """Whether the tensors that belong together are finite, for each of several lists of as many tensors."""
-    if not factors:
-        return []
-    # One launch for all of them. The largest magnitude is infinite, or NaN, if any is.
-    largest = torch._foreach_norm([factor for both in factors for factor in both], ord=float("inf"))
-    finite = torch.stack(largest).float().isfinite().view(len(factors), -1).all(dim=1)
-    answers = finite.tolist() if _waits_for(finite.device) else finite.unbind()
-    return list(answers)
 
 
 class Verdict:
@@ -44,7 +38,7 @@ class Verdict:
 
     def __init__(self, answers: Tensor) -> None:
         self._arrived: Any = None
-        if _waits_for(answers.device):
+        if answers.device.type == "cpu":
             self._answers = answers
             return
         accelerator = torch.get_device_module(answers.device)
@@ -61,6 +55,6 @@ class Verdict:
         return answers
 
 
-def _waits_for(device: torch.device) -> bool:
+def host_waits_for(device: torch.device) -> bool:
     """Whether the host waits for what the device computes anyway, so that asking for a number costs nothing."""
     return device.type == "cpu"

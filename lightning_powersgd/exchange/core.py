@@ -340,9 +340,9 @@ class GradientExchange:
 
     def _make_groups(self) -> list[CompressedGroup]:
         groups: list[CompressedGroup] = []
-        for group in self.state.plan.groups:
+        for index in range(len(self.state.plan.groups)):
             passenger = groups[-1] if groups else None
-            groups.append(CompressedGroup(group, self.state, self._wires, self._loss_scale, self._reached, passenger))
+            groups.append(CompressedGroup(index, self.state, self._wires, self._loss_scale, self._reached, passenger))
         if groups:
             groups[-1].lay_out_last()
         return groups

@@ -6,18 +6,21 @@ has come back. A compressed group will *finish* when all that the step sent is t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from lightning_powersgd.compressor import verdict
 from lightning_powersgd.compressor.basis import orthonormal
+from lightning_powersgd.compressor.codec import cut
 from lightning_powersgd.compressor.plan import SIDES, Group, Side, Slot, other_side
+from lightning_powersgd.compressor.stacks import Stacks, named
 from lightning_powersgd.compressor.state import PowerSGDState
-from lightning_powersgd.compressor.verdict import any_of, finite_each
 from lightning_powersgd.exchange.integers import IntegerWire
 from lightning_powersgd.exchange.loss_scale import LossScale
-from lightning_powersgd.exchange.matrix import Matrix
+from lightning_powersgd.exchange.matrix import Matrix, add_errors
 from lightning_powersgd.exchange.use import ReachedParameters
 from lightning_powersgd.exchange.wire import Wire, Wires
 
@@ -72,8 +75,8 @@ class ExactGroup(_Group):
         """Receive the averages."""
         self._wait()
         parts = torch.split(self._flat, [gradient.numel() for gradient in self._gradients])
-        for gradient, part in zip(self._gradients, parts, strict=True):
-            gradient.copy_(part.view(gradient.shape))
+        views = [part.view(gradient.shape) for gradient, part in zip(self._gradients, parts, strict=True)]
+        torch._foreach_copy_(self._gradients, views)
 
     def forget(self) -> None:
         """Let go of the step's gradients."""
@@ -96,8 +99,10 @@ class CompressedGroup(_Group):
     Then M is projected onto the basis, and that projection is what the ranks average, keep as the next warm start, and
     reconstruct the gradient from.
 
+    What is done with matrices is done one by one, and what is done with their factors, once for each shape of them.
+
     Args:
-        group: of the plan.
+        index: of the group in the plan.
         state: what is remembered between steps.
         wires: between the ranks.
         loss_scale: of the steps.
@@ -107,19 +112,22 @@ class CompressedGroup(_Group):
 
     def __init__(
         self,
-        group: Group,
+        index: int,
         state: PowerSGDState,
         wires: Wires,
         loss_scale: LossScale,
         reached: ReachedParameters | None,
         passenger: CompressedGroup | None,
     ) -> None:
+        group = state.plan.groups[index]
         super().__init__(group, wires)
+        self._index, self._group, self.formats = index, group, group.formats
         self._state, self._loss_scale, self._reached = state, loss_scale, reached
         self._alternate = state.config.alternate
-        self._compressed, self.formats = group.compressed, group.formats
         self._bits = {side: form.bits for side, form in zip(SIDES, group.formats, strict=True)}
-        self._matrices = {slot.name: Matrix(slot, state, wires.world_size) for slot in group.compressed}
+        self._matrices = {slot.name: Matrix(slot, state) for slot in group.compressed}
+        # Of all matrices of the group, whose gradients have one dtype.
+        self._dtype = next((matrix.dtype for matrix in self._matrices.values()), group.dtype)
 
         # What is sent whole and is large is only borrowed from where its gradient lies.
         packed = [slot for slot in group.whole if not slot.travels_alone]
@@ -128,29 +136,33 @@ class CompressedGroup(_Group):
         # When alternating there is no other, and it takes either factor, [… | factor | supports of drawn bases].
         whole = [slot.numel for slot in packed]
         flags = 0 if reached is None else len(group.compressed)
-        self._lengths = {side: sum(slot.rank * slot.length(side) for slot in group.compressed) for side in SIDES}
         self._start = sum(whole) + flags
         first_sides, last_sides = (SIDES, SIDES) if self._alternate else (SIDES[:1], SIDES[1:])
-        factors = max(self._lengths[side] for side in first_sides)
+        factors = max(group.length(side) for side in first_sides)
         room = passenger.last_length if passenger is not None and passenger.formats == group.formats else 0
         if self._alternate:
             room = sum(max(slot.rows, slot.columns) for slot in group.compressed)
         self._wire = self._make_wire(self._start + factors + room)
         parts = torch.split(self._wire.flat[: sum(whole)], whole)
         self._first_whole = {slot.name: part.view(slot.shape) for slot, part in zip(packed, parts, strict=True)}
-        self._flags = dict(zip(self._matrices, self._wire.flat[sum(whole) : self._start], strict=False))
-        self._last_flat = self._wire.flat[self._start :]
-        self._payload = {side: self._factors(self._last_flat, side) for side in first_sides}
+        self._flags = self._wire.flat[sum(whole) : self._start]
+        self._payload = {side: Stacks(group, side, self._wire.flat[self._start :]) for side in first_sides}
         self._alone = {slot.name: wires.add(Wire(wires, 0, slot.dtype)) for slot in group.whole if slot.travels_alone}
         if passenger is not None:
             passenger.lay_out_last((self._wire, self._start + factors) if room else None)
 
         # This rank's own part of the last factors as it was sent, so that the error holds its rounding too.
-        own_length = max(self._lengths[side] for side in last_sides)
-        own_dtype = torch.promote_types(group.dtype, torch.float32)
-        self._own_flat = torch.zeros(own_length, dtype=own_dtype, device=self._state.device)
-        self._own = {side: self._factors(self._own_flat, side) for side in last_sides}
+        self._own = self._make_stacks(last_sides, torch.promote_types(group.dtype, torch.float32))
+        # Projections as they are computed, where they do not travel in that dtype.
+        self._computed = self._make_stacks(SIDES, self._dtype) if self._dtype != group.dtype else None
         self._last_wire, self._sends_last = self._wire, False
+        # Of this step: what matrices are projected onto, and its side; the gains; and where projections go.
+        self._side_of_basis: Side = "left"
+        self._basis: list[Tensor] = []
+        self._gains: dict[Side, list[Tensor]] = {}
+        self._projections: dict[str, Tensor] = {}
+        # Of the gradients taken: those that are not in the payload yet, those that are sent whole, and the supports.
+        self._waiting: list[Slot] = []
         self._whole: dict[str, Tensor] = {}
         self._supports: dict[str, Tensor] = {}
         self._sent: Side = "right"
@@ -160,7 +172,7 @@ class CompressedGroup(_Group):
     @property
     def last_length(self) -> int:
         """Elements of Q, which follow in the next collective; none when alternating."""
-        return 0 if self._alternate else self._lengths["right"]
+        return 0 if self._alternate else self._group.length("right")
 
     def lay_out_last(self, place: tuple[Wire, int] | None = None) -> None:
         """Lay out Q in the next group's collective, from a position on, or else in one of its own."""
@@ -168,14 +180,12 @@ class CompressedGroup(_Group):
             return
         self._sends_last = place is None
         self._last_wire, begin = place or (self._make_wire(self.last_length), 0)
-        self._last_flat = self._last_wire.flat[begin:]
-        self._payload["right"] = self._factors(self._last_flat, "right")
+        self._payload["right"] = Stacks(self._group, "right", self._last_wire.flat[begin:])
 
     @property
     def own_factors(self) -> list[Tensor]:
         """The factors that this rank sent last, in the step before."""
-        own = self._own[self._sent]
-        return [matrix.received(self._sent, own[name]) for name, matrix in self._matrices.items()]
+        return self._received(self._sent, self._own[self._sent].blocks)
 
     def take(self, slot: Slot, gradient: Tensor) -> None:
         """Put a gradient into the first payload: whole, or its projection after adding the error.
@@ -184,33 +194,47 @@ class CompressedGroup(_Group):
             slot: the parameter's.
             gradient: without gaps; of a compressed parameter, laid out in memory as the parameter is.
         """
+        if not self._taken:
+            self._begin_step()
         self._taken.add(slot.name)
-        if not slot.rank:
+        if slot.rank:
+            self._matrices[slot.name].take(gradient, self._loss_scale.ratio)
+        else:
             self._whole[slot.name] = gradient
-            if not slot.travels_alone:
-                self._first_whole[slot.name].copy_(gradient)
-            return
-        if self._reached is not None:
-            self._flags[slot.name].fill_(slot.name in self._reached)
-        matrix = self._matrices[slot.name]
-        factor, side = self._state.start_factor(slot), other_side(self._state.held)
-        matrix.basis = orthonormal(factor, matrix.dtype) if self._alternate else factor.to(matrix.dtype)
-        matrix.take(gradient, self._loss_scale.ratio, self._wires.encodes)
-        matrix.project(side, self._payload[side][slot.name])
-        if self._state.held in self._state.drawn[slot.name]:
-            # Where nothing is on any rank, nothing may come to be: what was drawn at random must not reach there.
-            self._supports[slot.name] = matrix.support(self._state.held)
+        self._waiting.append(slot)
+        if verdict.host_waits_for(gradient.device):
+            # Otherwise all at once when the last has come: a device that is told less often does the same sooner.
+            self._put_in()
+
+    def _put_in(self) -> None:
+        """Put the gradients that were taken into the first payload."""
+        slots, self._waiting = self._waiting, []
+        packed = [slot.name for slot in slots if not slot.rank and not slot.travels_alone]
+        if packed:
+            torch._foreach_copy_([self._first_whole[n] for n in packed], [self._whole[n] for n in packed])
+        held = self._state.held
+        matrices = {slot.name: self._matrices[slot.name] for slot in slots if slot.rank}
+        add_errors(matrices.values())
+        for name, matrix in matrices.items():
+            matrix.project(other_side(held), self._projections[name])
+            if held in self._state.drawn[name]:
+                # Where nothing is on any rank, nothing may come to be: what was drawn at random must not reach there.
+                self._supports[name] = matrix.support(held)
 
     def start(self) -> None:
         """Send the first collective: what is sent whole, and P (alternating: the projection). The large ones follow."""
+        self._put_in()
+        if self._reached is not None:
+            reached = [slot.name in self._reached for slot in self._group.compressed]
+            self._flags.copy_(torch.tensor(reached, dtype=self._flags.dtype))
         if self._alternate:
             self._sent = other_side(self._state.held)
             self._wire.share(self._wire.flat[: self._start])
             self._share_last()
-            self._wire.send(self._wire.flat[: self._place_supports(self._start + self._lengths[self._sent])])
+            self._wire.send(self._wire.flat[: self._place_supports(self._start + self._group.length(self._sent))])
         else:
             self._wire.share(self._wire.flat[: self._start])
-            self._share("left", self._wire, self._wire.flat[self._start :])
+            self._share("left", self._wire)
             self._wire.send(self._wire.flat)
         for name, wire in self._alone.items():
             wire.send(self._whole[name].view(-1).div_(self._wires.world_size))
@@ -218,23 +242,27 @@ class CompressedGroup(_Group):
     def proceed(self) -> None:
         """Receive the first collective; in a full step, orthonormalise P and compute Q."""
         self._wire.receive()
-        for name, part in self._first_whole.items():
-            self._whole[name].copy_(part)
-        for name, matrix in self._matrices.items():
-            if not self._alternate:
-                # In M's dtype, since a basis never travels and need not be rounded to the wire's.
-                matrix.basis = orthonormal(matrix.received("left", self._payload["left"][name]), matrix.dtype)
-            if self._reached is not None:
-                # Without a basis the gradient is zero.
-                matrix.basis *= self._flags[name] > 0
-            if name in self._supports:
-                matrix.basis *= self._supports[name] > 0
-            if not self._alternate:
-                matrix.project("right", self._payload["right"][name])
+        if self._first_whole:
+            torch._foreach_copy_([self._whole[name] for name in self._first_whole], list(self._first_whole.values()))
         if not self._alternate:
-            self._share_last()
-            if self._sends_last:
-                self._last_wire.send(self._last_wire.flat)
+            # In M's dtype, since a basis never travels and need not be rounded to the wire's.
+            received = self._received("left", self._payload["left"].blocks)
+            self._set_basis("left", [orthonormal(factors, self._dtype) for factors in received])
+        if self._reached is not None:
+            # Without a basis the gradient is zero.
+            used = self._payload[self._side_of_basis].of_each(self._flags > 0)
+            for basis, there in zip(self._basis, used, strict=True):
+                basis *= there
+        for name, support in self._supports.items():
+            self._matrices[name].basis *= support > 0
+        if self._alternate:
+            return
+        self._projections = self._computed_by_name("right")
+        for name, matrix in self._matrices.items():
+            matrix.project("right", self._projections[name])
+        self._share_last()
+        if self._sends_last:
+            self._last_wire.send(self._last_wire.flat)
 
     def finish(self, finite: bool | Tensor, *, together: bool) -> bool | Tensor:
         """Write the averaged gradients ĝ = P̂ Qᵀ, and what was not sent, and the averaged factors for the next step.
@@ -249,58 +277,131 @@ class CompressedGroup(_Group):
         Returns:
             Whether errors and factors were kept, of any matrix at least.
         """
-        factors = {
-            name: {side: matrix.received(side, self._payload[side][name]) for side in self._sides}
-            for name, matrix in self._matrices.items()
-        }
-        keep = [finite] * len(factors)
-        if finite is not True and not together:
-            keep = finite_each([list(both.values()) for both in factors.values()])
-        for (name, matrix), keep_this in zip(self._matrices.items(), keep, strict=True):
-            self._finish_matrix(name, matrix, factors[name], keep_this)
-        return any_of(keep)
+        if not self._matrices:
+            return False
+        sides = (self._sent,) if self._alternate else SIDES
+        factors = {side: self._received(side, self._payload[side].blocks) for side in sides}
+        finite_each, keep_each = self._judge(finite, together, factors)
+        averages, own = factors[self._sent], self._received(self._sent, self._own[self._sent].blocks)
+        if finite_each is not None:
+            of_blocks = self._payload[self._sent].of_each(finite_each)
+            averages = [torch.where(ok, block, torch.nan) for ok, block in zip(of_blocks, averages, strict=True)]
+        self._decompress(averages, own, keep_each)
+        for side, blocks in factors.items():
+            keep: list[bool] | list[Tensor] = [True] * len(blocks)
+            if keep_each is not None:
+                keep = self._payload[side].of_each(keep_each)
+            self._state.keep_factors(self._index, side, blocks, keep)
+        self._follow_loss_scale(finite_each, keep_each)
+        return True if keep_each is None else cast("bool | Tensor", verdict.known(keep_each.any()))
 
-    def _finish_matrix(self, name: str, matrix: Matrix, factors: dict[Side, Tensor], finite: bool | Tensor) -> None:
-        own, average = matrix.received(self._sent, self._own[self._sent][name]), factors[self._sent]
+    def _judge(
+        self, finite: bool | Tensor, together: bool, factors: Mapping[Side, list[Tensor]]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Say of each matrix whether its factors are finite, and whether to keep them; ``None``: all of them."""
+        count, device = len(self._matrices), self._wire.flat.device
+        finite_each: Tensor | None = None
         if finite is not True:
-            average = torch.where(torch.as_tensor(finite, device=average.device), average, torch.nan)
-        keep = finite & self._used(name, finite)
-        self.averages[name] = matrix.decompress(self._sent, own, average, keep)
-        for side, factor in factors.items():
-            self._state.keep_factor(name, side, factor, keep)
-        self._follow_loss_scale(name, finite, keep)
+            finite_each = torch.as_tensor(finite, device=device).expand(count)
+            if not together:
+                # The largest magnitude is infinite, or NaN, if any is.
+                finite_each = torch.ones(count, dtype=torch.bool, device=device)
+                for side, blocks in factors.items():
+                    largest = [torch.linalg.vector_norm(block, torch.inf, dim=(1, 2)) for block in blocks]
+                    finite_each = finite_each & self._payload[side].per_matrix(largest).isfinite()
+        if self._reached is None:
+            return finite_each, finite_each
+        # If no rank used a parameter, its average is thrown away.
+        used = self._flags > 0
+        if finite_each is None and verdict.known(used.all()) is True:
+            return None, None
+        return finite_each, used if finite_each is None else finite_each & used
 
-    def _follow_loss_scale(self, name: str, finite: bool | Tensor, keep: bool | Tensor) -> None:
+    def _decompress(self, averages: list[Tensor], own: list[Tensor], keep_each: Tensor | None) -> None:
+        """Write the averaged gradients, and the local residuals into the errors."""
+        names, payload = list(self._matrices), self._payload[self._sent]
+        keep: Sequence[bool | Tensor] = [True] * len(names) if keep_each is None else verdict.known_each(keep_each)
+        average_of = payload.named([block.to(self._dtype) for block in averages])
+        own_of = payload.named([block.to(self._dtype) for block in own])
+        for name, keep_this in zip(names, keep, strict=True):
+            matrix = self._matrices[name]
+            self.averages[name] = matrix.decompress(self._sent, own_of[name], average_of[name], keep_this)
+
+    def _follow_loss_scale(self, finite_each: Tensor | None, keep_each: Tensor | None) -> None:
         """Let what a step that counts has not written anew refer to its loss scale, too."""
         if not self._loss_scale.changes or not self._loss_scale.may_differ:
             return
-        device = self._wire.flat.device
-        ratio, kept = (torch.as_tensor(value, device=device) for value in (self._loss_scale.ratio, keep))
+        ratio = torch.as_tensor(self._loss_scale.ratio, device=self._wire.flat.device)
+        everywhere = torch.ones(len(self._matrices), dtype=torch.bool, device=ratio.device)
+        finite, kept = (everywhere if each is None else each for each in (finite_each, keep_each))
         if self._alternate:
-            self._state.scales.rescale(name, other_side(self._sent), torch.where(kept, ratio, 1.0))
-        if self._reached is not None and keep is not True:
-            self._state.rescale(name, torch.where(finite & (self._flags[name] == 0), ratio, 1.0))
+            side = other_side(self._sent)
+            ratios = self._payload[side].of_each(torch.where(kept, ratio, 1.0))
+            self._state.scales.of_groups[self._index].rescale(side, ratios)
+        if self._reached is not None and keep_each is not None:
+            unused = torch.where(finite & (self._flags == 0), ratio, 1.0)
+            for name, its_ratio in zip(self._matrices, unused.unbind(), strict=True):
+                self._state.rescale(name, its_ratio)
 
     def forget(self) -> None:
         """Let go of the step's gradients."""
         self._taken.clear()
+        self._waiting = []
         self.averages = {}
         self._whole.clear()
         self._supports.clear()
+        self._basis, self._projections = [], {}
         for matrix in self._matrices.values():
             matrix.forget()
 
-    @property
-    def _sides(self) -> tuple[Side, ...]:
-        """The sides of the factors that a step averages."""
-        return (self._sent,) if self._alternate else SIDES
+    def _begin_step(self) -> None:
+        """Make ready what all matrices are projected onto, and where to."""
+        if not self._matrices:
+            return
+        held = self._state.held
+        scales, ratio, world_size = (
+            self._state.scales.of_groups[self._index],
+            self._loss_scale.ratio,
+            self._wires.world_size,
+        )
+        sides = (other_side(held),) if self._alternate else SIDES
+        self._gains = {side: scales.gains(side, ratio, world_size) if self._wires.encodes else [] for side in sides}
+        factors = self._state.start_factors(self._index).blocks
+        make = orthonormal if self._alternate else Tensor.to
+        self._set_basis(held, [make(block, self._dtype) for block in factors])
+        self._projections = self._computed_by_name(other_side(held))
 
-    def _used(self, name: str, keep: bool | Tensor) -> bool | Tensor:
-        """Whether any rank used a parameter. If none did, its average is thrown away."""
-        if self._reached is None:
-            return True
-        used = self._flags[name] > 0
-        return used if isinstance(keep, Tensor) else bool(used)
+    def _set_basis(self, side: Side, blocks: list[Tensor]) -> None:
+        self._side_of_basis, self._basis = side, blocks
+        for name, basis in named(self._group.stacks(side), blocks).items():
+            self._matrices[name].basis = basis
+
+    def _computed_by_name(self, side: Side) -> dict[str, Tensor]:
+        """Give the memory that projections are computed into."""
+        return (self._payload if self._computed is None else self._computed)[side].named()
+
+    def _share(self, side: Side, wire: Wire, own: Tensor | None = None) -> None:
+        """Make the factors that were computed ready to be sent."""
+        payload, gains = self._payload[side], self._gains.get(side, [])
+        if self._computed is not None:
+            factors = self._computed[side].blocks
+            if gains:
+                factors = [cut(block * gain) for block, gain in zip(factors, gains, strict=True)]
+            for block, factor in zip(payload.blocks, factors, strict=True):
+                block.copy_(factor)
+        else:
+            for block, gain in zip(payload.blocks, gains, strict=False):
+                block.mul_(gain)
+        wire.share_factors(payload.flat, list(payload.named().values()), self._bits[side], own)
+
+    def _share_last(self) -> None:
+        """Make the last factors ready to be sent, and keep them as they are after that rounding."""
+        self._share(self._sent, self._last_wire, self._own[self._sent].flat)
+
+    def _received(self, side: Side, blocks: list[Tensor]) -> list[Tensor]:
+        """Give factors in units of M, as they were before they travelled."""
+        gains = self._gains.get(side)
+        return [block / gain for block, gain in zip(blocks, gains, strict=True)] if gains else blocks
 
     def _place_supports(self, position: int) -> int:
         """Put the supports into the collective, in an order that is the same on all ranks, and give where they end."""
@@ -317,15 +418,8 @@ class CompressedGroup(_Group):
         bits = list(self._bits.values())
         return wires.add(IntegerWire(wires, length, bits) if form.integer else Wire(wires, length, form.dtype))
 
-    def _share_last(self) -> None:
-        """Make the last factors ready to be sent, and keep them as they are after that rounding."""
-        self._share(self._sent, self._last_wire, self._last_flat, self._own_flat[: self._lengths[self._sent]])
-
-    def _share(self, side: Side, wire: Wire, flat: Tensor, own: Tensor | None = None) -> None:
-        wire.share_factors(flat[: self._lengths[side]], self._payload[side].values(), self._bits[side], own)
-
-    def _factors(self, flat: Tensor, side: Side) -> dict[str, Tensor]:
-        """View the beginning of a flat tensor as factors by name, (r, n) or (r, m)."""
-        lengths = [slot.rank * slot.length(side) for slot in self._compressed]
-        parts = torch.split(flat[: sum(lengths)], lengths)
-        return {slot.name: part.view(slot.rank, -1) for slot, part in zip(self._compressed, parts, strict=True)}
+    def _make_stacks(self, sides: Sequence[Side], dtype: torch.dtype) -> dict[Side, Stacks]:
+        """Make memory for factors, of which a step needs those of one side at a time."""
+        longest = max(self._group.length(side) for side in sides)
+        flat = torch.zeros(longest, dtype=dtype, device=self._state.device)
+        return {side: Stacks(self._group, side, flat) for side in sides}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from lightning_powersgd.compressor import verdict
 from lightning_powersgd.compressor.codec import saturated
 from lightning_powersgd.compressor.passes import add_scaled, decompress, project
 from lightning_powersgd.compressor.plan import Side, Slot
@@ -23,14 +26,12 @@ class Matrix:
         basis: orthonormal rows, or the held factor itself in the first half of a full step; of M's dtype.
     """
 
-    def __init__(self, slot: Slot, state: PowerSGDState, world_size: int) -> None:
+    def __init__(self, slot: Slot, state: PowerSGDState) -> None:
         self._slot = slot
-        self._world_size = world_size
         self._state = state
         self.dtype = state.matrix_dtype(slot)
         self._in_place = self.dtype == slot.dtype
         self._scale: float | Tensor = 1.0
-        self._gains: dict[Side, Tensor] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -39,26 +40,24 @@ class Matrix:
         self._error: Tensor | None = None
         self._summed = False
 
-    def take(self, gradient: Tensor, scale: float | Tensor, encodes: bool) -> None:
+    def take(self, gradient: Tensor, scale: float | Tensor) -> None:
         """Take in the gradient.
 
         Args:
             gradient: of the parameter's shape and memory layout.
             scale: of its loss, in units of the error's.
-            encodes: whether the factors' magnitudes are known.
         """
         self._scale = scale
-        self._gains = self._state.scales.gains(self._slot, scale, self._world_size) if encodes else {}
         slot, error = self._slot, self._state.errors.get(self._slot.name)
         self._gradient = as_matrix(gradient, slot.order, slot.split)
         self._error = None if error is None else as_matrix(error, slot.order, slot.split)
 
     def project(self, side: Side, out: Tensor) -> None:
-        """Project M onto the basis: the factor of that side, (r, n) or (r, m), as it travels."""
+        """Project M onto the basis: the factor of that side, (r, n) or (r, m)."""
         matrix, error = self._sum()
         if side == "left":
             matrix, error = matrix.t(), None if error is None else error.t()
-        project(matrix, self.basis, out, error, self._scale, self._gains.get(side))
+        project(matrix, self.basis, out, error, self._scale)
 
     def support(self, side: Side) -> Tensor:
         """Tell where M has anything but zeros: (n,) bools for its rows, the left side, or (m,) for its columns."""
@@ -66,10 +65,6 @@ class Matrix:
         # A norm makes no temporary of the matrix's size, where a comparison would.
         largest = [torch.linalg.vector_norm(part, torch.inf, dim=1 if side == "left" else 0) for part in parts]
         return torch.stack(largest).sum(dim=0) != 0
-
-    def received(self, side: Side, factor: Tensor) -> Tensor:
-        """Give a factor in units of M, as it was before it travelled."""
-        return factor / self._gains[side] if self._gains else factor
 
     def decompress(self, side: Side, own: Tensor, average: Tensor, keep: bool | Tensor) -> tuple[Tensor, Tensor]:
         """Write the averaged gradient over this rank's, and the local residual into the error.
@@ -100,6 +95,23 @@ class Matrix:
         pending = None if self._summed else self._error
         self._summed = True
         return self._gradient, pending
+
+
+def add_errors(matrices: Iterable[Matrix]) -> None:
+    """Form M in the gradients' memory, of several matrices of one step in as few launches as a device allows.
+
+    A CPU does it while it projects, in the same journey through memory.
+    """
+    pending = [matrix for matrix in matrices if matrix._in_place and matrix._error is not None]
+    if not pending or verdict.host_waits_for(pending[0]._gradient.device):
+        return
+    scale = pending[0]._scale
+    if isinstance(scale, Tensor):
+        return  # it is on the device, and an operation on several tensors cannot take it from there
+    errors = [matrix._error for matrix in pending if matrix._error is not None]
+    torch._foreach_add_([matrix._gradient for matrix in pending], errors, alpha=scale)
+    for matrix in pending:
+        matrix._summed = True
 
 
 def write_average(gradient: Tensor, slot: Slot, factors: tuple[Tensor, Tensor]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from nets import randn
+from nets import like_an_accelerator, randn
 from reference import orth
+from torch import Tensor
 
 from lightning_powersgd.compressor.basis import normalize_rows, orthonormal, random_factor, unique_basis
 
@@ -74,3 +77,56 @@ def test_rows_are_scaled_and_rows_of_zeros_give_way():
     factor = torch.tensor([[2.0, -4.0], [0.0, 0.0], [1e-38, 0.0]])
     fallback = torch.tensor([[9.0, 9.0], [0.5, 1.0], [9.0, 9.0]])
     assert torch.equal(normalize_rows(factor, fallback), torch.tensor([[0.5, -1.0], [0.5, 1.0], [1.0, 0.0]]))
+
+
+# On an accelerator
+
+AWKWARD = {
+    "random": lambda rank: randn(rank, 300),
+    "condition 1e4": lambda rank: conditioned(rank, 1e4),
+    "condition 1e8": lambda rank: conditioned(rank, 1e8),
+    "rank 1": lambda rank: randn(rank, 1) @ randn(1, 300),
+    "zero": lambda rank: torch.zeros(rank, 300),
+    "a zero row": lambda rank: randn(rank, 300) * (torch.arange(rank) > 0).unsqueeze(1),
+    "equal rows": lambda rank: randn(1, 300).repeat(rank, 1),
+    "tiny": lambda rank: randn(rank, 300) * 1e-38,
+    "huge": lambda rank: randn(rank, 300) * 1e37,
+}
+
+
+def conditioned(rank: int, condition: float) -> Tensor:
+    scales = torch.logspace(0, -math.log10(condition), rank, dtype=torch.float64)
+    rows = torch.linalg.qr(randn(300, rank, dtype=torch.float64)).Q.T
+    return ((torch.linalg.qr(randn(rank, rank, dtype=torch.float64)).Q * scales) @ rows).float()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 8, 32])
+@pytest.mark.parametrize("case", AWKWARD)
+def test_an_accelerators_bases_are_orthonormal_and_keep_the_span(case, rank):
+    factor = torch.stack([AWKWARD[case](rank), randn(rank, 300)])
+    with like_an_accelerator(True):
+        basis = orthonormal(factor, torch.float32).double()
+    assert (basis @ basis.mT - torch.eye(rank)).abs().max() <= 1e-7
+    # What the input has in other directions than these, for its largest row.
+    wide = factor.double() / factor.double().norm(dim=(1, 2), keepdim=True).clamp_min(1e-300)
+    lost = wide - (wide @ basis.mT) @ basis
+    assert lost.norm(dim=(1, 2)).max() <= 1e-6
+
+
+def test_an_accelerators_bases_do_not_depend_on_what_is_stacked_with_them():
+    factors = torch.stack([randn(4, 300) for _ in range(5)])
+    with like_an_accelerator(True):
+        together, alone = orthonormal(factors, torch.float32), [orthonormal(f, torch.float32) for f in factors]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_columns_of_zeros_stay_zero(accelerator):
+    factor = randn(2, 3, 20)
+    factor[0, :, 5] = 0
+    factor[1, :, 2:] = 0
+    with like_an_accelerator(accelerator):
+        basis = orthonormal(factor, torch.float32)
+    assert not basis[0, :, 5].any()
+    assert not basis[1, :, 2:].any()
+    assert basis.isfinite().all()

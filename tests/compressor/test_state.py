@@ -24,9 +24,10 @@ def filled(**config: Any) -> PowerSGDState:
     generator = torch.Generator().manual_seed(1)
     for error in state.errors.values():
         error.copy_(torch.randn(error.shape, generator=generator))
-    for slot in state.plan.compressed:
-        for side, factor in state.factors[slot.name].items():
-            state.keep_factor(slot.name, side, torch.randn(factor.shape, generator=generator))
+    for index, held in enumerate(state.held_factors):
+        for side, stacks in held.items():
+            factors = [torch.randn(block.shape, generator=generator) for block in stacks.blocks]
+            state.keep_factors(index, side, factors, [True] * len(factors))
     state.step, state.total_dense_bytes, state.total_sent_bytes = 7, 100, 10
     return state
 
@@ -63,10 +64,9 @@ def test_drawing_factors_leaves_the_global_generator_alone():
 
 def test_without_warm_start_every_step_draws_anew():
     state = make_state(warm_start=False)
-    slot = next(iter(state.plan.compressed))
-    first = state.start_factor(slot).clone()
+    first = state.start_factors(0).named()["a.weight"].clone()
     state.finish_step(0, 0)
-    assert not torch.equal(state.start_factor(slot), first)
+    assert not torch.equal(state.start_factors(0).named()["a.weight"], first)
 
 
 @pytest.mark.parametrize("config", [{}, {"alternate": True}, {"error_dtype": "bfloat16"}, {"rank": {"a*": 3}}], ids=str)

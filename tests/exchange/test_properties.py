@@ -216,10 +216,11 @@ def filled(state: PowerSGDState, seed: int) -> PowerSGDState:
     for error in state.errors.values():
         largest = min(torch.finfo(error.dtype).max, 2.0**60)
         error.copy_((torch.randn(error.shape, generator=generator) * 2.0 ** (seed % 30)).clamp(-largest, largest))
-    for slot in state.plan.compressed:
+    for index, group in enumerate(state.plan.groups):
         for side in SIDES:
-            factor = torch.randn(slot.rank, slot.length(side), generator=generator)
-            state.keep_factor(slot.name, side, factor * 2.0 ** (seed % 30))
+            shapes = [(len(slots), slots[0].rank, slots[0].length(side)) for slots in group.stacks(side)]
+            factors = [torch.randn(shape, generator=generator) * 2.0 ** (seed % 30) for shape in shapes]
+            state.keep_factors(index, side, factors, [True] * len(factors))
     state.step, state.total_dense_bytes, state.total_sent_bytes = seed, seed * 100, seed * 10
     state.loss_scale.fill_(2.0 ** (seed % 17))
     state.keep_step(bool(seed % 2))

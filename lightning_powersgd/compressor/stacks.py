@@ -1,0 +1,64 @@
+"""Factors of one side, stacked by their shapes, so that what is done with all of them is done once for each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_powersgd.compressor.plan import Group, Side, Slot
+
+
+class Stacks:
+    """Factors of one side of a group's matrices in flat memory: those of one shape side by side, as (b, r, k).
+
+    Args:
+        group: of the plan.
+        side: of the factors.
+        flat: memory for `Group.length` elements or more.
+
+    Attributes:
+        flat: as much of the memory as the factors take.
+        blocks: by shape, (b, r, k).
+    """
+
+    def __init__(self, group: Group, side: Side, flat: Tensor) -> None:
+        self.flat = flat[: group.length(side)]
+        self._slots = group.stacks(side)
+        shapes = [(len(slots), slots[0].rank, slots[0].length(side)) for slots in self._slots]
+        parts = torch.split(self.flat, [b * r * k for b, r, k in shapes])
+        self.blocks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        place_of = {slot.name: place for place, slot in enumerate(group.compressed)}
+        places = [place_of[slot.name] for slots in self._slots for slot in slots]
+        order = sorted(range(len(places)), key=places.__getitem__)
+        # Where the matrices of each block are in the group, and where those of the group are in the blocks.
+        self._places = torch.split(torch.tensor(places, dtype=torch.long).to(flat.device), [b for b, _, _ in shapes])
+        self._order = torch.tensor(order, dtype=torch.long).to(flat.device)
+
+    def named(self, blocks: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """Give blocks matrix by matrix: of these shapes, or what was computed from each of them.
+
+        Args:
+            blocks: (b, …), as many as there are shapes; ``None``: the factors themselves.
+        """
+        return named(self._slots, self.blocks if blocks is None else blocks)
+
+    def of_each(self, per_matrix: Tensor) -> list[Tensor]:
+        """Give what there is one of for each matrix, in the order of the group, as (b, 1, 1) for each block."""
+        return [per_matrix[places].view(-1, 1, 1) for places in self._places]
+
+    def per_matrix(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Give what was found out of each matrix, (b,) for each block, in the order of the group."""
+        return torch.cat(list(blocks))[self._order]
+
+
+def named(stacks: Sequence[Sequence[Slot]], blocks: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Give blocks of a group by the names of its matrices.
+
+    Args:
+        stacks: from `Group.stacks`.
+        blocks: (b, …), as many as there are stacks.
+    """
+    pairs = zip(stacks, blocks, strict=True)
+    return {slot.name: one for slots, block in pairs for slot, one in zip(slots, block.unbind(), strict=True)}
