@@ -22,6 +22,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Each process group of gloo has a thread that wakes up a hundred times a second as long as the process lives. With many
+# of them nothing else is done, so that ranks with more than these are ended, and new ones started.
+MOST_GROUPS = 32
+
 # Longer than any test, and shorter than a user's patience with a hanging one.
 TIMEOUT_S = 240
 
@@ -49,11 +53,12 @@ class Ranks:
         except BaseException:
             self.stop()
             raise
-        failures = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(answers) if error]
-        if failures:
+        failures = [f"rank {rank}:\n{error}" for rank, (error, _, _) in enumerate(answers) if error]
+        if failures or any(groups > MOST_GROUPS for _, _, groups in answers):
             self.stop()
+        if failures:
             raise RankError("\n".join(failures))
-        return [value for _, value in answers]
+        return [value for _, value, _ in answers]
 
     def run_to_errors(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
         """Call a function that must raise on every rank; give the tracebacks."""
@@ -80,10 +85,10 @@ class Ranks:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def _answer(self, rank: int) -> tuple[str | None, Any]:
+    def _answer(self, rank: int) -> tuple[str | None, Any, int]:
         if not self._connections[rank].poll(TIMEOUT_S):
             raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_S} s")
-        answer: tuple[str | None, Any] = self._connections[rank].recv()
+        answer: tuple[str | None, Any, int] = self._connections[rank].recv()
         return answer
 
 
@@ -114,10 +119,10 @@ def _serve(rank: int, world_size: int, store: str, connection: Connection) -> No
             # The main process turns warnings into errors; what Lightning has to say on every rank is of no interest.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                answer = (None, function(*args, **kwargs))
+                error, value = None, function(*args, **kwargs)
         except Exception:
-            answer = (traceback.format_exc(), None)
-        connection.send(answer)
+            error, value = traceback.format_exc(), None
+        connection.send((error, value, len(dist.distributed_c10d._world.pg_map)))
 
 
 def _catch(function: Callable[..., Any], args: Any, kwargs: Any) -> str:

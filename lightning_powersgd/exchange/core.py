@@ -24,6 +24,8 @@ is sent whole and is large has a collective of its own after that, straight from
 copy. At the end of the step *finish* updates the error buffers and writes the averages over the gradients. Nothing that
 outlives the step is changed before all of it was received and found finite.
 
+On an accelerator all of it runs in a stream of its own (`lane`), which follows the backward pass and never holds it up.
+
 A CPU judges that at once. On an accelerator the host would have to wait for the answer, so there the device itself
 decides what is kept, and the host asks at the beginning of the next step, when the answer has long arrived.
 """
@@ -44,6 +46,7 @@ from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.verdict import any_of, known
 from lightning_powersgd.exchange.averages import mean_over_ranks
 from lightning_powersgd.exchange.groups import CompressedGroup, ExactGroup
+from lightning_powersgd.exchange.lane import Lane
 from lightning_powersgd.exchange.loss_scale import LossScale, Scaler
 from lightning_powersgd.exchange.use import ReachedParameters
 from lightning_powersgd.exchange.wire import Wires
@@ -85,6 +88,7 @@ class GradientExchange:
         self.process_group = process_group
         self.exchanging = False
         self._device = state.device
+        self._lane = Lane(state.device)
         self._judges = judges
         self._loss_scale = LossScale(scaler, state)
         self._follow_use_of = follow_use_of
@@ -181,9 +185,10 @@ class GradientExchange:
             )
         self.exchanging = True
         self._dense_bytes = 0
-        self._wires.begin_step(self.state.encodes)
-        self._forget_gradients()
-        self._loss_scale.begin_step()
+        with self._lane.apart(), full_precision(self._device):
+            self._wires.begin_step(self.state.encodes)
+            self._forget_gradients()
+            self._loss_scale.begin_step()
 
     def take(self, parameter: Tensor, gradient: Tensor) -> None:
         """Take in the gradient of a parameter. At the end of the step it is overwritten with the average.
@@ -203,7 +208,7 @@ class GradientExchange:
         self._count(gradient)
         if not self.alone:
             index, slot = self._place[parameter]
-            with full_precision(self._device):
+            with self._lane.apart(), full_precision(self._device):
                 self._groups[index].take(slot, gradient)
 
     def average(self, flat: Tensor) -> None:
@@ -217,14 +222,15 @@ class GradientExchange:
         assert not self.compressing, "a compressed step needs the gradient of every parameter"
         self._count(flat)
         if not self.alone:
-            work = self._wires.all_reduce(flat.div_(self.world_size))
+            with self._lane.apart(), full_precision(self._device):
+                work = self._wires.all_reduce(flat.div_(self.world_size))
             if work is not None:
                 self._averaging.append(work)
 
     def advance(self) -> None:
         """Start the groups whose gradients are all there, in their order."""
         groups = self._groups
-        with full_precision(self._device):
+        with self._lane.apart(), full_precision(self._device):
             while self._started < len(groups) and groups[self._started].complete:
                 if self._started > 0:
                     groups[self._started - 1].proceed()
@@ -245,11 +251,12 @@ class GradientExchange:
         """
         self.advance()
         self._require_all_gradients()
-        with full_precision(self._device):
+        with self._lane.apart(), full_precision(self._device):
             if self._started:
                 self._groups[-1].proceed()
             self._wait()
             averages = self._finish_compressed() if self.state.compressing else {}
+        self._lane.join()
         self._forget_gradients()
         self.state.finish_step(self._dense_bytes, self._wires.sent_bytes)
         if self._reached is not None:

@@ -27,12 +27,14 @@ BUDGETS: list[tuple[dict[str, Any], int, int, dict[str, int]]] = [
     ({**FULL, "warm_start": False}, 5, 120, {"to the device": 1}),
     ({**FULL, "start_step": 99}, 0, 3, {}),
 ]
+# What keeps the exchange's stream and that of the backward pass in order.
+LEFT_OUT = [{**FULL, "left_out": "wait"}, {**FULL, "left_out": "join"}]
 
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
     """What steps with these settings ask of the device. Whoever asks it for a value gets an error."""
-    settings = json.dumps([budget[0] for budget in BUDGETS])
+    settings = json.dumps([budget[0] for budget in BUDGETS] + LEFT_OUT)
     done = subprocess.run([sys.executable, PROGRAM, settings], check=False, capture_output=True, text=True, timeout=240)
     # PyTorch says of an operation that a device lacks where it is registered, for each of all others.
     said = [line for line in done.stderr.splitlines() if "registered at" not in line]
@@ -56,3 +58,11 @@ def test_no_matrix_is_a_call_of_the_solver(found):
         assert "linalg_qr" not in step["launches"]
         # Twice for each of three shapes, not for each of 24 matrices.
         assert all(count <= 6 for count in solver)
+
+
+def test_no_two_streams_use_the_same_memory_at_once(found):
+    *sound, without_wait, without_join = found
+    assert not any(step["races"] for step in sound)
+    # And it would be found out.
+    assert without_wait["races"]
+    assert without_join["races"]

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from typing import Any
 from unittest import mock
 
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.cuda._sanitizer import EventHandler
 from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,14 +30,31 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState
 from lightning_powersgd.compressor.verdict import Verdict
+from lightning_powersgd.exchange.lane import Lane
 
 DEVICE = "simulated"
+# Of streams and of events, and what finds out whether two streams use the same memory at once.
+NUMBERS = count(1)
+DETECTOR = EventHandler()
 # What hands out memory, or looks at it in another way.
 NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh"}
 
 
+class Stream:
+    """A queue of the device."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.number = next(NUMBERS)
+
+    def wait_stream(self, other: Stream) -> None:
+        """Come after all that is in another one so far."""
+        event = next(NUMBERS)
+        DETECTOR._handle_event_record(event, other.number)
+        DETECTOR._handle_event_wait(event, self.number)
+
+
 class Event:
-    """An event of the device, which has always happened."""
+    """An event of the device, which has always happened when somebody asks."""
 
     def record(self, stream: Any) -> None:
         """Do nothing."""
@@ -44,12 +64,24 @@ class Event:
 
 
 class Module(_DummyBackendModule):
-    """What PyTorch asks of a device."""
+    """What PyTorch and the package ask of a device."""
 
-    Event = Event
+    Event, Stream = Event, Stream
 
-    def current_stream(self, device: Any = None) -> None:
-        """Give the only stream."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.streams = [Stream()]
+
+    def current_stream(self, device: Any = None) -> Stream:
+        """Give the stream in use."""
+        return self.streams[-1]
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        """Use another stream."""
+        self.streams.append(stream)
+        yield
+        self.streams.pop()
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """Give what autocast can do."""
@@ -57,15 +89,23 @@ class Module(_DummyBackendModule):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts launches on the device, and copies to and from it.
+    """Counts launches on the device, and copies to and from it, and looks for races between its streams.
+
+    Args:
+        module: of the device.
 
     Attributes:
         launches: by operation.
         copies: by the devices that they go from and to.
+        races: operations on memory that another stream may be using.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: Module) -> None:
         super().__init__()
+        self._module = module
+        # Or other tensors would come to lie where they were.
+        self._alive: list[Tensor] = []
+        self.races: list[str] = []
         self.launches: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
 
@@ -77,10 +117,29 @@ class Recorder(TorchDispatchMode):
         if DEVICE not in devices or func.namespace != "aten" or func.is_view or name in NO_LAUNCH:
             return result
         self.launches[name] += 1
+        self._look_for_races(func, args, kwargs or {}, result)
         if name in ("copy_", "_to_copy") and len(devices) > 1:
             target = (args[0] if name == "copy_" else result).device.type
             self.copies["to the device" if target == DEVICE else "to the host"] += 1
         return result
+
+    def _look_for_races(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        written: set[int] = set()
+        read: set[int] = set()
+        given = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            (written if writes else read).update(self._memory(given.get(argument.name)))
+        made = self._memory(result) - read
+        found = DETECTOR._handle_kernel_launch(
+            self._module.current_stream().number, read - written, written | made, made, str(func), defaultdict(list)
+        )
+        self.races += [str(func) for _ in found]
+
+    def _memory(self, value: Any) -> set[int]:
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.device.type == DEVICE]
+        self._alive += tensors
+        return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 class Scaler:
@@ -91,12 +150,12 @@ class Scaler:
         return outputs * torch.empty((), device=DEVICE)
 
 
-def layers(count: int, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+def layers(number: int, dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """The parameters of a transformer, without values."""
     shapes = {"qkv": (384, 128), "out": (128, 128), "up": (512, 128), "down": (128, 512), "norm": (128,)}
     return {
         f"{layer}.{name}": nn.Parameter(torch.empty(shape, dtype=dtype, device=DEVICE))
-        for layer in range(count)
+        for layer in range(number)
         for name, shape in shapes.items()
     }
 
@@ -108,39 +167,74 @@ def without_value(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return tensor
 
 
+@contextmanager
+def in_stream_at_once(lane: Lane) -> Iterator[None]:
+    """Work in the lane without waiting for what was asked of the device before."""
+    with lane._accelerator.stream(lane._stream):
+        yield
+
+
+# What keeps the exchange's stream and that of the backward pass in order.
+LEFT_OUT: dict[str, Callable[[], Any]] = {
+    "nothing": nullcontext,
+    "wait": lambda: mock.patch.object(Lane, "_in_stream", in_stream_at_once),
+    "join": lambda: mock.patch.object(Lane, "join"),
+}
+
+
+def taken(recorder: Recorder) -> Counter[str]:
+    """Take the launches since the last time."""
+    launches = Counter(recorder.launches)
+    recorder.launches.clear()
+    return launches
+
+
 def record(
-    config: dict[str, Any], dtype: torch.dtype, group_bytes: int, follow: bool, scaler: Scaler | None
+    module: Module, config: dict[str, Any], dtype: torch.dtype, group_bytes: int, follow: bool, scaler: Scaler | None
 ) -> dict[str, Any]:
-    """Take some steps, and give what the last one asked of the device."""
+    """Take some steps, and give what the last one asked of the device, and the races in all of them."""
     parameters = layers(6, dtype)
     state = PowerSGDState(parameters.items(), PowerSGDConfig(**config), group_bytes)
     exchange = GradientExchange(state, follow_use_of=state.parameters if follow else None, scaler=scaler)
-    recorder = Recorder()
+    # Of this exchange alone: memory of others is used anew.
+    DETECTOR.__init__()  # type: ignore[misc]
+    recorder = Recorder(module)
     before_last = 0
     for _ in range(4):
-        recorder.launches.clear()
         recorder.copies.clear()
         gradients = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}
+        of_exchange: Counter[str] = Counter()
         with recorder:
             exchange.begin_step()
+            of_exchange += taken(recorder)
             for name, parameter in reversed(parameters.items()):
+                gradients[name].zero_()  # the backward pass
+                recorder.launches.clear()
                 exchange.take(parameter, gradients[name])
-                before_last = recorder.launches.total()
+                of_exchange += taken(recorder)
+                before_last = of_exchange.total()
                 exchange.advance()
+                of_exchange += taken(recorder)
             exchange.end_step()
+            of_exchange += taken(recorder)
+            for gradient in gradients.values():
+                gradient.add_(1)  # the optimizer
+            recorder.launches.clear()
     return {
         "matrices": len(list(state.plan.compressed)),
         "groups": len(state.plan.groups),
         "shapes": sum(len(group.stacks("left")) for group in state.plan.groups),
-        "launches": dict(recorder.launches.most_common()),
-        "after the last gradient": recorder.launches.total() - before_last,
+        "launches": dict(of_exchange.most_common()),
+        "after the last gradient": of_exchange.total() - before_last,
         "copies": dict(recorder.copies),
+        "races": recorder.races,
     }
 
 
 def main() -> None:
     """Print what each of the settings on the command line asks of the device."""
-    _setup_privateuseone_for_python_backend(DEVICE, backend_module=Module())
+    module = Module()
+    _setup_privateuseone_for_python_backend(DEVICE, backend_module=module)
     dist.Backend.register_backend("simulated_group", _create_fake_pg, extended_api=True, devices=[DEVICE, "cpu"])
     dist.init_process_group("simulated_group", rank=0, world_size=2, store=FakeStore())
     results = []
@@ -152,7 +246,11 @@ def main() -> None:
             dtype = getattr(torch, settings.pop("dtype", "float32"))
             follow, group_bytes = settings.pop("follow", False), settings.pop("group_bytes", 2**40)
             scaler = Scaler() if settings.pop("scaler", False) else None
-            results.append(record({"min_compression_ratio": 1.0, **settings}, dtype, group_bytes, follow, scaler))
+            without = LEFT_OUT[settings.pop("left_out", "nothing")]
+            config = {"min_compression_ratio": 1.0, **settings}
+            with without():
+                result = record(module, config, dtype, group_bytes, follow, scaler)
+            results.append(result)
     print(json.dumps(results))
 
 
