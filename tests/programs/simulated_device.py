@@ -190,10 +190,14 @@ def taken(recorder: Recorder) -> Counter[str]:
 
 
 def record(
-    module: Module, config: dict[str, Any], dtype: torch.dtype, group_bytes: int, follow: bool, scaler: Scaler | None
+    module: Module,
+    config: dict[str, Any],
+    parameters: dict[str, nn.Parameter],
+    group_bytes: int,
+    follow: bool,
+    scaler: Scaler | None,
 ) -> dict[str, Any]:
     """Take some steps, and give what the last one asked of the device, and the races in all of them."""
-    parameters = layers(6, dtype)
     state = PowerSGDState(parameters.items(), PowerSGDConfig(**config), group_bytes)
     exchange = GradientExchange(state, follow_use_of=state.parameters if follow else None, scaler=scaler)
     # Of this exchange alone: memory of others is used anew.
@@ -243,13 +247,13 @@ def main() -> None:
     no_constants = mock.patch.object(torch, "tensor", partial(without_value, torch.tensor))
     with FakeTensorMode(), answered, no_constants:
         for settings in json.loads(sys.argv[1]):
-            dtype = getattr(torch, settings.pop("dtype", "float32"))
+            parameters = layers(settings.pop("layers", 6), getattr(torch, settings.pop("dtype", "float32")))
             follow, group_bytes = settings.pop("follow", False), settings.pop("group_bytes", 2**40)
             scaler = Scaler() if settings.pop("scaler", False) else None
             without = LEFT_OUT[settings.pop("left_out", "nothing")]
             config = {"min_compression_ratio": 1.0, **settings}
             with without():
-                result = record(module, config, dtype, group_bytes, follow, scaler)
+                result = record(module, config, parameters, group_bytes, follow, scaler)
             results.append(result)
     print(json.dumps(results))
 
