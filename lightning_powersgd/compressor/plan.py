@@ -150,6 +150,10 @@ class Group:
             by_shape.setdefault((slot.rank, slot.length(side)), []).append(slot)
         return [tuple(slots) for slots in by_shape.values()]
 
+    def block_shapes(self, side: Side) -> list[tuple[int, int, int]]:
+        """Give the shapes (b, r, k) of the factors of a side, stacked as in `stacks`."""
+        return [(len(slots), slots[0].rank, slots[0].length(side)) for slots in self.stacks(side)]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -31,7 +31,7 @@ class GroupScales:
         self.profiles: dict[Side, list[Tensor]] = {}
         self._formats = dict(zip(SIDES, group.formats, strict=True))
         for side, form in self._formats.items():
-            shapes = [(len(slots), slots[0].rank, slots[0].length(side)) for slots in group.stacks(side)]
+            shapes = group.block_shapes(side)
             if form.scaled:
                 first = form.first_magnitude
                 self.magnitudes[side] = [torch.full((b, r, 1), first, device=device) for b, r, _ in shapes]

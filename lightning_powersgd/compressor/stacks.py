@@ -26,7 +26,7 @@ class Stacks:
     def __init__(self, group: Group, side: Side, flat: Tensor) -> None:
         self.flat = flat[: group.length(side)]
         self._slots = group.stacks(side)
-        shapes = [(len(slots), slots[0].rank, slots[0].length(side)) for slots in self._slots]
+        shapes = group.block_shapes(side)
         parts = torch.split(self.flat, [b * r * k for b, r, k in shapes])
         self.blocks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         place_of = {slot.name: place for place, slot in enumerate(group.compressed)}

@@ -59,6 +59,11 @@ def in_blocks(named_parameters: Iterable[tuple[str, Tensor]]) -> dict[str, list[
     return {name: _cut(name, parameter, total) for name, parameter in named}
 
 
+def named_tensors(blocks: Mapping[str, Sequence[Block]]) -> list[tuple[str, Tensor]]:
+    """Give blocks as `torch.nn.Module.named_parameters` gives parameters."""
+    return [(part.name, part.tensor) for parts in blocks.values() for part in parts]
+
+
 def _cut(name: str, parameter: Tensor, total: int) -> list[Block]:
     numel, rows = parameter.numel(), parameter.shape[0] if parameter.dim() > 1 else 1
     if numel < SMALLEST or numel <= LARGE * total or not parameter.is_contiguous():

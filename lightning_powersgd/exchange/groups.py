@@ -299,16 +299,16 @@ class CompressedGroup(_Group):
         self, finite: bool | Tensor, together: bool, factors: Mapping[Side, list[Tensor]]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Say of each matrix whether its factors are finite, and whether to keep them; ``None``: all of them."""
-        count, device = len(self._matrices), self._wire.flat.device
         finite_each: Tensor | None = None
-        if finite is not True:
-            finite_each = torch.as_tensor(finite, device=device).expand(count)
-            if not together:
+        if finite is not True and together:
+            finite_each = torch.as_tensor(finite, device=self._wire.flat.device).expand(len(self._matrices))
+        elif finite is not True:
+            finite_sides = []
+            for side, blocks in factors.items():
                 # The largest magnitude is infinite, or NaN, if any is.
-                finite_each = torch.ones(count, dtype=torch.bool, device=device)
-                for side, blocks in factors.items():
-                    largest = [torch.linalg.vector_norm(block, torch.inf, dim=(1, 2)) for block in blocks]
-                    finite_each = finite_each & self._payload[side].per_matrix(largest).isfinite()
+                largest = [torch.linalg.vector_norm(block, torch.inf, dim=(1, 2)) for block in blocks]
+                finite_sides.append(self._payload[side].per_matrix(largest).isfinite())
+            finite_each = torch.stack(finite_sides).all(dim=0)
         if self._reached is None:
             return finite_each, finite_each
         # If no rank used a parameter, its average is thrown away.

@@ -28,7 +28,7 @@ from lightning_powersgd.compressor.precision import full_precision
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.view import as_real
 from lightning_powersgd.exchange.agreement import all_or_none, of_all_ranks, require_agreement
-from lightning_powersgd.exchange.blocks import Block, in_blocks, joined, parted
+from lightning_powersgd.exchange.blocks import Block, in_blocks, joined, named_tensors, parted
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.loss_scale import Scaler
 from lightning_powersgd.exchange.matrix import write_average
@@ -67,7 +67,7 @@ class OwnedExchange(GradientExchange):
     ) -> None:
         self._whole = {parameter_name(name): parameter for name, parameter in named_parameters}
         self._blocks = in_blocks(self._whole.items())
-        self._named = [(block.name, block.tensor) for blocks in self._blocks.values() for block in blocks]
+        self._named = named_tensors(self._blocks)
         self._blocks_of = {parameter: self._blocks[name] for name, parameter in self._whole.items()}
         require_int("devices", devices, minimum=1, remedy="Give the number of ranks on each machine.")
         between, self._inside = _groups(devices)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
 from lightning_powersgd.compressor.parameters import parameter_name
 from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, Plan, Slot, make_plan
-from lightning_powersgd.exchange.blocks import in_blocks
+from lightning_powersgd.exchange.blocks import in_blocks, named_tensors
 from lightning_powersgd.exchange.hierarchy import owners_of
 from lightning_powersgd.planner.measure import describe, measure_compression, measuring_device
 from lightning_powersgd.planner.parameters import parameters_of
@@ -335,7 +335,7 @@ def forecast_exchange(
 def _hierarchy(
     named: Iterable[tuple[str, Tensor]], config: PowerSGDConfig, compress_seconds: float, devices: int
 ) -> Hierarchy:
-    blocks = [(block.name, block.tensor) for blocks in in_blocks(named).values() for block in blocks]
+    blocks = named_tensors(in_blocks(named))
     plan, owners = make_plan(blocks, config), owners_of(blocks, devices)
     owned = [[slot for slot in plan.compressed if owners[slot.name] == owner] for owner in range(devices)]
     most, all_of_it = max(_elements(slots) for slots in owned), _elements(plan.compressed)

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd
 from lightning_powersgd.exchange import blocks
 from lightning_powersgd.exchange.averages import mean_over_ranks
-from lightning_powersgd.exchange.blocks import in_blocks
+from lightning_powersgd.exchange.blocks import in_blocks, named_tensors
 from lightning_powersgd.exchange.hierarchy import OwnedExchange, _groups, owners_of
 
 
@@ -262,7 +262,7 @@ def test_a_large_parameter_is_cut_so_that_owners_have_about_as_much():
     cut = in_blocks(named)
     assert [block.name for block in cut["wte"]][:2] == ["wte[0:10052]", "wte[10052:20104]"]
     assert torch.cat([block.of(torch.arange(50257)) for block in cut["wte"]]).equal(torch.arange(50257))
-    owners = owners_of([(block.name, block.tensor) for each in cut.values() for block in each], 8)
+    owners = owners_of(named_tensors(cut), 8)
     loads = [0] * 8
     for each in cut.values():
         for block in each:

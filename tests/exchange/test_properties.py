@@ -218,7 +218,7 @@ def filled(state: PowerSGDState, seed: int) -> PowerSGDState:
         error.copy_((torch.randn(error.shape, generator=generator) * 2.0 ** (seed % 30)).clamp(-largest, largest))
     for index, group in enumerate(state.plan.groups):
         for side in SIDES:
-            shapes = [(len(slots), slots[0].rank, slots[0].length(side)) for slots in group.stacks(side)]
+            shapes = group.block_shapes(side)
             factors = [torch.randn(shape, generator=generator) * 2.0 ** (seed % 30) for shape in shapes]
             state.keep_factors(index, side, factors, [True] * len(factors))
     state.step, state.total_dense_bytes, state.total_sent_bytes = seed, seed * 100, seed * 10
