@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from lightning_powersgd.compressor.config import PowerSGDConfig, require_int
 from lightning_powersgd.compressor.parameters import parameter_name
 from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, Plan, Slot, make_plan
+from lightning_powersgd.exchange.arithmetic import measure_compression
 from lightning_powersgd.exchange.blocks import in_blocks, named_tensors
 from lightning_powersgd.exchange.hierarchy import owners_of
-from lightning_powersgd.planner.measure import describe, measure_compression, measuring_device
+from lightning_powersgd.planner.measure import describe, measuring_device
 from lightning_powersgd.planner.parameters import parameters_of
 from lightning_powersgd.planner.units import format_rate, format_ratio, format_seconds, parse_rate
 

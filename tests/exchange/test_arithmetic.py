@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_powersgd import PowerSGDConfig, forecast_exchange, make_plan
-from lightning_powersgd.planner import measure
+from lightning_powersgd.exchange import arithmetic
 
 
 @pytest.mark.parametrize(
@@ -33,26 +33,26 @@ def test_measuring_goes_through_the_exchange_of_training(config, dtype):
 @pytest.mark.parametrize("limit", ["_MOST_BYTES", "_MOST_OPERATIONS"])
 def test_a_large_model_is_measured_in_part(monkeypatch, limit):
     # Every look at the clock is a second later than the last, so two steps of any size take a second.
-    monkeypatch.setattr(measure.time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(arithmetic.time, "perf_counter", itertools.count().__next__)
     module = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(4)], nn.Linear(64, 256, bias=False))
     plan, config, device = (
         make_plan(module.named_parameters(), PowerSGDConfig(rank=2)),
         PowerSGDConfig(rank=2),
         torch.device("cpu"),
     )
-    whole = measure.measure_compression(plan, config, device)
+    whole = arithmetic.measure_compression(plan, config, device)
     assert whole == 0.5
     costs = {"_MOST_BYTES": 2 * plan.dense_bytes, "_MOST_OPERATIONS": 12 * plan.dense_bytes // 4}
     # Half: two matrices of four, and half the rows of the last.
-    monkeypatch.setattr(measure, limit, costs[limit] // 2)
-    assert measure.measure_compression(plan, config, device) == 2 * whole
+    monkeypatch.setattr(arithmetic, limit, costs[limit] // 2)
+    assert arithmetic.measure_compression(plan, config, device) == 2 * whole
     # However little it may be, every shape is there, with rows enough to be compressed.
-    monkeypatch.setattr(measure, limit, 1)
-    assert measure.measure_compression(plan, config, device) > 10 * whole
+    monkeypatch.setattr(arithmetic, limit, 1)
+    assert arithmetic.measure_compression(plan, config, device) > 10 * whole
 
 
 def test_of_a_narrow_matrix_enough_is_measured(monkeypatch):
-    monkeypatch.setattr(measure, "_MOST_BYTES", 1)
+    monkeypatch.setattr(arithmetic, "_MOST_BYTES", 1)
     config = PowerSGDConfig(rank=4, min_compression_ratio=1.0)
     # Its factors are smaller than itself from 20 rows on.
     assert forecast_exchange(nn.Linear(5, 1000, bias=False), config, device="cpu").compress_seconds > 0
