@@ -14,6 +14,7 @@ from lightning_powersgd.compressor.config import ALWAYS, PowerSGDConfig, Rank
 from lightning_powersgd.compressor.plan import Group, Plan, Slot, make_plan
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.exchange.core import GradientExchange
+from lightning_powersgd.exchange.link import synchronize
 
 # What measuring may take: gradients and error buffers, arithmetic in one step, and steps.
 _MOST_BYTES = 2**30
@@ -60,7 +61,7 @@ def measure_compression(
 
     def two_steps() -> float:
         """Make two steps, since they differ when alternating, and give the seconds of one."""
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(2):
             exchange.begin_step()
@@ -68,7 +69,7 @@ def measure_compression(
                 exchange.take(parameter, gradients[name])
                 exchange.advance()
             exchange.end_step()
-        _synchronize(device)
+        synchronize(device)
         return (time.perf_counter() - start) / 2
 
     two_steps()
@@ -110,8 +111,3 @@ def _shortened(slot: Slot, rows: int, *, alternate: bool) -> tuple[int, ...]:
             return shorter.shape
         rows *= 2
     return slot.shape
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)

@@ -1,14 +1,8 @@
 """What PowerSGD will bring to a model, found out before it is trained: bytes, and the time of an exchange.
 
-Axis letters: W ranks, b bytes of a collective, α seconds of latency of a message, β bytes that a link carries in a
-second. A collective is a ring all-reduce (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002), in which every
-rank sends 2 (W − 1) messages of b / W bytes to its neighbour:
-
-    t = 2 (W − 1) (α + b / (W β))
-
-Plain all-reduce is the sum of this over DDP's buckets, of which the first is smaller than the others. PowerSGD is the
-sum over the payloads of its plan, and the time of its arithmetic, which is measured where the forecast is made, or
-given.
+A collective is a ring all-reduce (see `lightning_powersgd.exchange.link`). Plain all-reduce is the sum of its time over
+DDP's buckets, of which the first is smaller than the others. PowerSGD is the sum over the payloads of its plan, and the
+time of its arithmetic, which is measured where the forecast is made, or given.
 """
 
 from __future__ import annotations
@@ -27,6 +21,7 @@ from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, Plan, Slot, 
 from lightning_powersgd.exchange.arithmetic import measure_compression
 from lightning_powersgd.exchange.blocks import in_blocks, named_tensors
 from lightning_powersgd.exchange.hierarchy import owners_of
+from lightning_powersgd.exchange.link import ring_seconds
 from lightning_powersgd.planner.measure import describe, measuring_device
 from lightning_powersgd.planner.parameters import parameters_of
 from lightning_powersgd.planner.units import format_rate, format_ratio, format_seconds, parse_rate
@@ -234,8 +229,7 @@ class Forecast:
         return "\n".join(lines)
 
     def _ring_seconds(self, payloads: Sequence[float], bits_per_second: float) -> float:
-        messages = 2 * (self.world_size - 1)
-        return messages * (len(payloads) * self.latency + 8 * sum(payloads) / (self.world_size * bits_per_second))
+        return ring_seconds(payloads, self.world_size, self.latency, bits_per_second)
 
 
 def forecast_exchange(
