@@ -160,3 +160,10 @@ def test_a_time_that_is_none(two_ranks, seconds):
 def test_a_single_rank_has_no_link(ranks):
     (text,) = ranks[1].run_to_errors(_measure_wrongly, 1.0)
     assert "ValueError: A single rank has no link to be measured. Start two or more." in text
+
+
+def test_the_two_largest_decide_on_the_bandwidth():
+    # As over a link that is limited by a token bucket: small messages travel on what has been saved, larger ones wait.
+    times = [0.00041, 0.00248, 0.0149, 0.0274, 0.0908, 0.3636]
+    samples = [Sample(size, t, t, t, 3) for size, t in zip(MESSAGE_BYTES[:6], times, strict=True)]
+    assert fit_link(2, samples).bits_per_second == pytest.approx(92.3e6, rel=0.02)
