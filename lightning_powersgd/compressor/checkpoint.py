@@ -26,6 +26,7 @@ from torch import Tensor
 from lightning_powersgd.compressor.codec import saturated
 from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig
 from lightning_powersgd.compressor.plan import SIDES, Side, Slot
+from lightning_powersgd.compressor.trial import defects_of
 from lightning_powersgd.compressor.view import permute_columns
 
 FORMAT_VERSION = 1
@@ -215,6 +216,11 @@ def _defects(state: Mapping[str, Any]) -> Iterator[str]:
         PowerSGDConfig(settings["rank"], settings.get("turnaround"), settings.get("max_bytes"))
     except (AttributeError, KeyError, TypeError, ValueError):
         yield f"'settings' is {settings!r:.40}"
+    whole, trial = state.get("whole", []), state.get("trial")
+    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
+        yield f"'whole' is {whole!r:.40}"
+    for defect in [] if trial is None else defects_of(trial):
+        yield f"{defect} of the 'trial'"
     loss_scale, range_ = state.get("loss_scale", 1.0), torch.finfo(torch.float32)
     if not isinstance(loss_scale, float) or not range_.tiny <= loss_scale <= range_.max:
         yield f"'loss_scale' is {loss_scale!r:.40}"

@@ -12,6 +12,8 @@ import torch
 AUTO: Literal["auto"] = "auto"
 Rank: TypeAlias = int | Literal["auto"]
 CommDtype: TypeAlias = torch.dtype | str | Mapping[str, str] | None
+ALWAYS: Literal["always"] = "always"
+Compress: TypeAlias = Literal["always", "auto"]
 _INTEGERS = ("int8", "int4")
 
 
@@ -44,6 +46,10 @@ class PowerSGDConfig:
             quarter and an eighth. What is rounded off stays in the error buffer. ``{"P": "int4", "Q": "int8"}`` gives
             each factor its own. None is the gradient's, which parameters that are sent whole always keep.
         seed: of the first random factors, which depend on it and on the parameters' names alone.
+        compress: "always", or "auto" to compress only where that makes a step faster. The ranks then measure the
+            network and the arithmetic for about a second when training starts, and send a matrix whole where that takes
+            less time. In training they time a few compressed and a few exact steps, at the beginning and every 3,000
+            steps, and go on with the faster ones. What is decided depends on times: runs with equal seeds may differ.
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -61,6 +67,7 @@ class PowerSGDConfig:
     error_dtype: torch.dtype | None = None
     comm_dtype: CommDtype = None
     seed: int = 0
+    compress: Compress = ALWAYS
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, Mapping):
@@ -93,6 +100,8 @@ class PowerSGDConfig:
                 raise TypeError(f"`{name}={getattr(self, name)!r}` is not a bool. Use True or False.")
         object.__setattr__(self, "error_dtype", floating_dtype("error_dtype", self.error_dtype))
         object.__setattr__(self, "comm_dtype", _comm_dtype(self.comm_dtype))
+        if self.compress not in (ALWAYS, AUTO):
+            raise ValueError(f"`compress={self.compress!r}` is neither 'always' nor 'auto'. Use one of them.")
 
     @property
     def automatic(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
@@ -227,6 +227,7 @@ def make_plan(
     group_bytes: int = DEFAULT_GROUP_BYTES,
     arrival: Iterable[str] | None = None,
     among: Container[str] | None = None,
+    whole: Container[str] = (),
 ) -> Plan:
     """Decide for every trainable parameter whether and how it is compressed, and what travels together.
 
@@ -237,6 +238,7 @@ def make_plan(
         arrival: names in the order in which a step makes their gradients, which is that of the groups; ``None``: the
             last registered first.
         among: names of those that the plan is for; ``None``: all. Automatic ranks are decided on as for all.
+        whole: names of those that are sent whole, whatever their rank.
 
     Returns:
         The plan; equal input gives an equal plan on every rank.
@@ -262,6 +264,8 @@ def make_plan(
         if among is not None and name not in among:
             continue
         slot = _make_slot(name, trainable[name], config, automatic_rank)
+        if name in whole:
+            slot = _sent_whole(slot)
         key = (slot.dtype, slot.formats)
         members = open_groups.setdefault(key, [])
         members.append(slot)
@@ -308,8 +312,11 @@ def _make_slot(name: str, parameter: Tensor, config: PowerSGDConfig, automatic_r
         worth_it = slot.dense_bytes >= config.min_compression_ratio * slot.sent_bytes(alternate=config.alternate)
         if 0 < rank < min(slot.rows, slot.columns) and worth_it:
             return slot
-    order, split = (slots[0].order, slots[0].split) if slots else ((), 1)
-    return Slot(name, shape, dtype, 0, order, _formats(dtype, None), split)
+    return _sent_whole(slots[0] if slots else Slot(name, shape, dtype, rank, (), _formats(dtype, None)))
+
+
+def _sent_whole(slot: Slot) -> Slot:
+    return replace(slot, rank=0, formats=_formats(slot.dtype, None))
 
 
 def _matrices(name: str, parameter: Tensor, config: PowerSGDConfig, rank: int) -> list[Slot]:

@@ -31,7 +31,7 @@ from lightning_powersgd.compressor.checkpoint import (
     with_tensors,
 )
 from lightning_powersgd.compressor.codec import saturated
-from lightning_powersgd.compressor.config import PowerSGDConfig
+from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig
 from lightning_powersgd.compressor.parameters import common_device, parameter_name
 from lightning_powersgd.compressor.passes import assign
 from lightning_powersgd.compressor.plan import (
@@ -46,6 +46,7 @@ from lightning_powersgd.compressor.plan import (
 )
 from lightning_powersgd.compressor.scales import Scales
 from lightning_powersgd.compressor.stacks import Stacks
+from lightning_powersgd.compressor.trial import Trial
 from lightning_powersgd.compressor.verdict import Verdict
 
 
@@ -62,6 +63,7 @@ class PowerSGDState:
     Attributes:
         config: the settings in use.
         given: the settings that were given, of which `configure` and a loaded state may have filled in the ranks.
+        whole: names of parameters that are sent whole, whatever their rank.
         plan: which parameter is compressed, and how.
         parameters: the trainable parameters by name.
         errors: error buffers by name; empty without error feedback.
@@ -73,6 +75,8 @@ class PowerSGDState:
         loss_scale: that the gradients were multiplied by from which errors and magnitudes came, a scalar.
         averaged: whether the error buffers are the mean over ranks already, and so alike on all of them.
         exact: set this to send gradients whole, whatever the step, until it is unset.
+        trial: finds out whether compressed steps are the faster ones; ``None`` where that is not asked.
+        owing: whether errors may be other than zero.
         step: synchronised backward passes so far.
         dense_bytes: gradient bytes of the last step, as plain all-reduce would have sent them.
         sent_bytes: bytes handed to collectives for gradients in the last step.
@@ -96,6 +100,7 @@ class PowerSGDState:
         order = None if arrival is None else list(arrival)
         self._make_plan = partial(make_plan, named, group_bytes=group_bytes, arrival=order, among=among)
         self.given = self.config = config
+        self.whole: frozenset[str] = frozenset()
         self.plan: Plan = self._make_plan(config)
         ours = [(name, parameter) for name, parameter in named if among is None or name in among]
         self.parameters = {name: parameter for name, parameter in ours if parameter.requires_grad}
@@ -105,6 +110,8 @@ class PowerSGDState:
         self._loaded_scale = 1.0
         self.device = common_device(self.parameters)
         self.exact = False
+        self.trial: Trial | None = None
+        self.owing = False
         self.step = 0
         self.averaged = True
         self._held: Side = "right"
@@ -126,6 +133,11 @@ class PowerSGDState:
     @property
     def compressing(self) -> bool:
         """Whether the next synchronised backward pass is compressed."""
+        return self.may_compress and (self.trial is None or self.trial.compressing)
+
+    @property
+    def may_compress(self) -> bool:
+        """Whether it could be, as far as the training is concerned."""
         return self.step >= self.config.start_step and not self.exact
 
     @property
@@ -133,13 +145,18 @@ class PowerSGDState:
         """The error buffers by name, also those that wait for frozen parameters."""
         return self.errors | {name: entry["error"] for name, entry in self._waiting.items() if "error" in entry}
 
-    def configure(self, config: PowerSGDConfig) -> None:
+    def configure(self, config: PowerSGDConfig, whole: Iterable[str] = ()) -> None:
         """Take other settings, before the first step.
+
+        Args:
+            config: the settings.
+            whole: names of parameters that are sent whole, whatever their rank.
 
         Raises:
             ValueError: if the parameters do not fit them.
         """
-        self.plan = self._make_plan(config)
+        self.whole = frozenset(whole)
+        self.plan = self._make_plan(config, whole=self.whole)
         self.config = config
         for buffers in (self.errors, self.factors, self.drawn):
             buffers.clear()
@@ -289,6 +306,7 @@ class PowerSGDState:
         """
         if kept is not False:  # or not yet known
             self.averaged = False
+            self.owing = True
         self.scales.learn()
         if self.config.alternate:
             answers = [torch.as_tensor(kept, device=self.device).view(1), *(whole for _, _, whole in self._asked)]
@@ -306,6 +324,8 @@ class PowerSGDState:
         return {
             "format_version": FORMAT_VERSION,
             "settings": self.config.to_dict(),
+            "whole": sorted(self.whole),
+            "trial": None if self.trial is None else self.trial.to_dict(),
             "step": self.step,
             "averaged": self.averaged,
             "held": self.held,
@@ -342,10 +362,14 @@ class PowerSGDState:
             if name in saved:
                 require_shape(name, tuple(saved[name]["shape"]), shape)
         config = as_saved(self.given, state["settings"])
-        if config != self.config:
-            self.configure(config)
+        whole = frozenset(state.get("whole", []) if config.compress == AUTO else [])
+        if (config, whole) != (self.config, self.whole):
+            self.configure(config, whole)
+        trial = state.get("trial")
+        if self.trial is not None and trial is not None and trial["world_size"] == self.trial.world_size:
+            self.trial = Trial(**trial)
         self.step = state["step"]
-        self.averaged = state["averaged"]
+        self.averaged, self.owing = state["averaged"], True
         self.total_dense_bytes = state["total_dense_bytes"]
         self.total_sent_bytes = state["total_sent_bytes"]
         self.held = state["held"] if self.config.alternate else "right"

@@ -24,6 +24,9 @@ is sent whole and is large has a collective of its own after that, straight from
 copy. At the end of the step *finish* updates the error buffers and writes the averages over the gradients. Nothing that
 outlives the step is changed before all of it was received and found finite.
 
+With ``compress="auto"`` a step is exact where that is the faster way (see `compressor.trial`). What compressed steps
+have not sent is sent in the first exact step that belongs to no trial.
+
 On an accelerator all of it runs in a stream of its own (`lane`), which follows the backward pass and never holds it up.
 
 A CPU judges that at once. On an accelerator the host would have to wait for the answer, so there the device itself
@@ -32,22 +35,25 @@ decides what is kept, and the host asks at the beginning of the next step, when 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_powersgd.compressor.config import PowerSGDConfig
+from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig
 from lightning_powersgd.compressor.plan import Plan, Slot
 from lightning_powersgd.compressor.precision import full_precision
 from lightning_powersgd.compressor.state import PowerSGDState
+from lightning_powersgd.compressor.trial import Trial
 from lightning_powersgd.compressor.verdict import any_of, known
 from lightning_powersgd.exchange.averages import mean_over_ranks
 from lightning_powersgd.exchange.groups import CompressedGroup, ExactGroup
 from lightning_powersgd.exchange.lane import Lane
 from lightning_powersgd.exchange.loss_scale import LossScale, Scaler
+from lightning_powersgd.exchange.stopwatch import Stopwatch
+from lightning_powersgd.exchange.unsent import UnsentErrors
 from lightning_powersgd.exchange.use import ReachedParameters
 from lightning_powersgd.exchange.wire import Wires
 
@@ -101,6 +107,10 @@ class GradientExchange:
         self._dense_bytes = 0
         self._started = 0
         self._averaging: list[Work] = []
+        self._unsent: UnsentErrors | None = None
+        self._stopwatch = Stopwatch(state.device)
+        if state.config.compress == AUTO:
+            state.trial = Trial(self.world_size)
 
     @property
     def world_size(self) -> int:
@@ -143,7 +153,18 @@ class GradientExchange:
     @property
     def compressing(self) -> bool:
         """Whether the gradients of this step, or between steps of the next one, are compressed."""
-        return self.state.compressing and not self.alone
+        return self.state.compressing and not self.alone and self.compresses_any
+
+    @property
+    def compresses_any(self) -> bool:
+        """Whether steps that are compressed differ from those that are not."""
+        # Ranks that judge together make the same collectives, also those with shards too small to be compressed.
+        return bool(self._names) or self._judges is not None
+
+    @property
+    def sends_errors(self) -> bool:
+        """Whether the errors go out with the exact gradients of this step (see `add_error`)."""
+        return self._unsent is not None
 
     @property
     def used(self) -> set[str]:
@@ -162,13 +183,17 @@ class GradientExchange:
         """Whether the gradients of a parameter are compressed, in steps that are."""
         return parameter in self._place and self._place[parameter][1].rank > 0
 
-    def configure(self, config: PowerSGDConfig) -> None:
+    def configure(self, config: PowerSGDConfig, whole: Iterable[str] = ()) -> None:
         """Take other settings, before the first step. Every rank must do so alike.
+
+        Args:
+            config: the settings.
+            whole: names of parameters that are sent whole, whatever their rank.
 
         Raises:
             ValueError: if the parameters do not fit them.
         """
-        self.state.configure(config)
+        self.state.configure(config, whole)
         self._lay_out()
 
     def begin_step(self) -> None:
@@ -189,6 +214,9 @@ class GradientExchange:
             self._wires.begin_step(self.state.encodes)
             self._forget_gradients()
             self._loss_scale.begin_step()
+        state, self._unsent = self.state, None
+        if self._tries and state.owing and state.trial is not None and state.trial.rests_exact:
+            self._unsent = UnsentErrors(state, self._loss_scale, self._reached, self.process_group, self._judges)
 
     def take(self, parameter: Tensor, gradient: Tensor) -> None:
         """Take in the gradient of a parameter. At the end of the step it is overwritten with the average.
@@ -209,7 +237,20 @@ class GradientExchange:
         if not self.alone:
             index, slot = self._place[parameter]
             with self._lane.apart(), full_precision(self._device):
+                if self._unsent is not None:
+                    self._unsent.add_to(slot.name, gradient)
                 self._groups[index].take(slot, gradient)
+
+    def add_error(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Add what was not sent so far to a gradient, in a step that `sends_errors`, for a source that packs gradients.
+
+        Args:
+            parameter: one of the state's.
+            gradient: as in `take`; it shares memory with what is then given to `average`.
+        """
+        assert self._unsent is not None
+        with self._lane.apart(), full_precision(self._device):
+            self._unsent.add_to(self._place[parameter][1].name, gradient)
 
     def average(self, flat: Tensor) -> None:
         """Average gradients that a source has packed itself, to the last bit as DDP does: divide, then sum.
@@ -255,9 +296,13 @@ class GradientExchange:
             if self._started:
                 self._groups[-1].proceed()
             self._wait()
-            averages = self._finish_compressed() if self.state.compressing else {}
+            averages = self._finish_compressed() if self.compressing else {}
+            if self._unsent is not None:
+                self._unsent.settle()
         self._lane.join()
+        self._unsent = None
         self._forget_gradients()
+        self._try()
         self.state.finish_step(self._dense_bytes, self._wires.sent_bytes)
         if self._reached is not None:
             self._reached.end_step()
@@ -324,7 +369,33 @@ class GradientExchange:
 
     @property
     def _groups(self) -> list[CompressedGroup] | list[ExactGroup]:
-        return self._compressed if self.state.compressing else self._exact
+        return self._compressed if self.compressing else self._exact
+
+    @property
+    def _tries(self) -> bool:
+        """Whether compressed and exact steps are compared."""
+        return self.state.may_compress and not self.alone and self.compresses_any
+
+    def _try(self) -> None:
+        """Go on with the trial, now that a step is over."""
+        trial = self.state.trial
+        if trial is None or not self._tries:
+            return
+        seconds = trial.timed
+        self._stopwatch.lap(None if seconds is None else seconds.append)
+        trial.finish_step()
+        if trial.asks:
+            self._stopwatch.finish()
+            trial.answer(*self.slowest(trial.medians()))
+
+    def slowest(self, seconds: Sequence[float]) -> list[float]:
+        """Give the longest times of all ranks that must decide alike. Every rank must call it."""
+        longest = torch.tensor(seconds, dtype=torch.float32, device=self._device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.process_group)
+        if self._judges is not None:
+            dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._judges)
+        slowest: list[float] = longest.tolist()
+        return slowest
 
     def _lay_out(self) -> None:
         """Make the groups and the wires of the state's plan."""

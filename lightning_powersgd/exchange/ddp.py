@@ -131,6 +131,9 @@ class DDPBuckets:
                 self.exchange.take(parameter, self.as_laid_out(parameter, gradient))
             self.exchange.advance()
         else:
+            if self.exchange.sends_errors:
+                for parameter, gradient in zip(bucket.parameters(), _gradients(bucket), strict=True):
+                    self.exchange.add_error(parameter, self.as_laid_out(parameter, gradient))
             self.exchange.average(bucket.buffer())
 
     def end_step(self) -> None:

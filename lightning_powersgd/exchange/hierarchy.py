@@ -220,7 +220,7 @@ class OwnedExchange(GradientExchange):
     @override
     def _lay_out(self) -> None:
         super()._lay_out()
-        self._plan = make_plan(self._named, self.state.config)
+        self._plan = make_plan(self._named, self.state.config, whole=self.state.whole)
         self._slots = {self._by_name[slot.name]: slot for slot in self._plan.slots}
 
     def _slots_of(self, parameter: Tensor) -> list[Slot]:

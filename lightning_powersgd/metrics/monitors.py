@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
 from lightning_powersgd.exchange.averages import consensus_distance
@@ -92,6 +92,8 @@ class CompressionMonitor(Monitor):
     the fit began, and the ``residual_ratio`` of the last step of this rank (with error feedback only: without it there
     is no residual to measure). Where machines average inside first (``hierarchical=True``) also ``bytes_in_node``,
     which this rank handed to collectives inside its machine in the last step; the others are of those between machines.
+    With ``compress="auto"`` also ``compressing``, 1 while steps are compressed and 0 while they are not, and
+    ``step_time_ratio``, the time of a compressed step ÷ that of an exact one when they were last compared.
     ``trainer.callback_metrics`` has them from an epoch's first and last batch, too.
 
     Args:
@@ -105,6 +107,8 @@ class CompressionMonitor(Monitor):
         "bytes_saved": BytesSaved,
         "bytes_in_node": BytesSent,
         "residual_ratio": ResidualRatio,
+        "compressing": MeanMetric,
+        "step_time_ratio": MeanMetric,
     }
 
     @override
@@ -133,6 +137,10 @@ class CompressionMonitor(Monitor):
             error, total = exchange.residual_norms()
             self._growth.measured(state, float(error), float(total))
             measured["residual_ratio"] = (error, total)
+        if state.trial is not None:
+            measured["compressing"] = (float(exchange.compressing),)
+            if state.trial.ratio is not None:
+                measured["step_time_ratio"] = (state.trial.ratio,)
         return measured
 
 

@@ -16,6 +16,7 @@ from lightning_powersgd.compressor.turnaround import DEFAULT_TURNAROUND, turnaro
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.lightning_types import pl
 from lightning_powersgd.strategies.advice import warn_of_muon
+from lightning_powersgd.strategies.never_slower import settle_what_is_worth_it
 
 # What a training is taken for of which it is not known how long it will be.
 _ASSUMED_STEPS = 10_000
@@ -66,6 +67,7 @@ def settle_ranks(exchange: GradientExchange, trainer: pl.Trainer, optimizers: Se
         config = _settled(state.config, steps, optimizers)
         # The first rank's, since ranks may have unequal numbers of batches.
         exchange.configure(replace(config, turnaround=trainer.strategy.broadcast(config.turnaround)))
+    settle_what_is_worth_it(exchange)
     say_what_is_compressed(exchange, steps)
     warn_of_muon(optimizers, state)
 

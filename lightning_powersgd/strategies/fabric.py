@@ -14,7 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_powersgd.compressor.config import AUTO, CommDtype, PowerSGDConfig, Rank, floating_dtype
+from lightning_powersgd.compressor.config import (
+    ALWAYS,
+    AUTO,
+    CommDtype,
+    Compress,
+    PowerSGDConfig,
+    Rank,
+    floating_dtype,
+)
 from lightning_powersgd.compressor.parameters import require_values
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.ddp import attach_powersgd
@@ -35,6 +43,7 @@ from lightning_powersgd.strategies.automatic_rank import say_what_is_compressed
 from lightning_powersgd.strategies.checkpoint import CHECKPOINT_KEY, ERRORS_NOT_SAVED, load_exchange
 from lightning_powersgd.strategies.equal_ranks import describe_exchange, require_equal_ranks
 from lightning_powersgd.strategies.names import Named
+from lightning_powersgd.strategies.never_slower import settle_what_is_worth_it
 from lightning_powersgd.strategies.powersgd import PowerSGDStrategy
 from lightning_powersgd.strategies.shared import SharedLifecycle, temporary_files_beside
 
@@ -73,6 +82,7 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
         error_dtype: torch.dtype | str | None = None,
         comm_dtype: CommDtype = None,
         seed: int = 0,
+        compress: Compress = ALWAYS,
         checkpoint_error_feedback: bool = True,
         scaler: Scaler | None = None,
         *,
@@ -103,6 +113,7 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
             error_dtype=floating_dtype("error_dtype", error_dtype),
             comm_dtype=comm_dtype,
             seed=seed,
+            compress=compress,
         )
         super().__init__(
             accelerator=accelerator,
@@ -150,6 +161,7 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
         exchange = attach_powersgd(ddp, self.config, self.scaler or getattr(self.precision, "scaler", None))
         exchange.state.exact = self._exact
         self._exchanges[ddp] = exchange
+        settle_what_is_worth_it(exchange)
         say_what_is_compressed(exchange)
         return ddp
 

@@ -16,7 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_powersgd.compressor.config import AUTO, CommDtype, PowerSGDConfig, Rank, floating_dtype, require_int
+from lightning_powersgd.compressor.config import (
+    ALWAYS,
+    AUTO,
+    CommDtype,
+    Compress,
+    PowerSGDConfig,
+    Rank,
+    floating_dtype,
+    require_int,
+)
 from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.lightning_types import _PATH, STEP_OUTPUT, pl
@@ -26,6 +35,7 @@ from lightning_powersgd.strategies.arguments import documented, require_bucket_c
 from lightning_powersgd.strategies.automatic_rank import settle_ranks
 from lightning_powersgd.strategies.checkpoint import CHECKPOINT_KEY
 from lightning_powersgd.strategies.equal_ranks import describe_exchange
+from lightning_powersgd.strategies.never_slower import TrialReport
 from lightning_powersgd.strategies.powersgd import PowerSGDStrategy
 from lightning_powersgd.strategies.shared import SharedLifecycle, temporary_files_beside
 
@@ -85,6 +95,7 @@ class PowerSGDModelParallelStrategy(SharedLifecycle):
         error_dtype: torch.dtype | str | None = None,
         comm_dtype: CommDtype = None,
         seed: int = 0,
+        compress: Compress = ALWAYS,
         log_metrics: bool = True,
         prog_bar: bool = False,
         checkpoint_error_feedback: bool = True,
@@ -108,6 +119,7 @@ class PowerSGDModelParallelStrategy(SharedLifecycle):
             error_dtype=floating_dtype("error_dtype", error_dtype),
             comm_dtype=comm_dtype,
             seed=seed,
+            compress=compress,
         )
         for name, size in (("replicas", replicas), ("data_parallel_size", data_parallel_size)):
             if size != "auto":
@@ -129,6 +141,7 @@ class PowerSGDModelParallelStrategy(SharedLifecycle):
         self._gradients: ShardedGradients | None = None
         self._trainable: tuple[bool, ...] = ()
         self._saves_alone = False
+        self._trials = TrialReport()
 
     @property
     def exchange(self) -> GradientExchange | None:
@@ -239,6 +252,8 @@ class PowerSGDModelParallelStrategy(SharedLifecycle):
         now = tuple(parameter.requires_grad for parameter in self.lightning_module.parameters())
         if self._gradients is not None and now != self._trainable:
             self._attach()
+        assert self.exchange is not None
+        self._trials.look(self.exchange.state.trial)
         return super().training_step(*args, **kwargs)
 
     @override

@@ -15,7 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_powersgd.compressor.config import AUTO, CommDtype, PowerSGDConfig, Rank, floating_dtype, require_int
+from lightning_powersgd.compressor.config import (
+    ALWAYS,
+    AUTO,
+    CommDtype,
+    Compress,
+    PowerSGDConfig,
+    Rank,
+    floating_dtype,
+    require_int,
+)
 from lightning_powersgd.compressor.parameters import require_values
 from lightning_powersgd.exchange.agreement import require_alike
 from lightning_powersgd.exchange.core import GradientExchange
@@ -28,6 +37,7 @@ from lightning_powersgd.strategies.arguments import ddp_arguments, documented
 from lightning_powersgd.strategies.automatic_rank import settle_ranks
 from lightning_powersgd.strategies.checkpoint import CHECKPOINT_KEY, ERRORS_NOT_SAVED, load_exchange
 from lightning_powersgd.strategies.equal_ranks import describe_exchange
+from lightning_powersgd.strategies.never_slower import TrialReport
 from lightning_powersgd.strategies.replicas import ReplicaCheck
 from lightning_powersgd.strategies.scaler import find_scaler
 from lightning_powersgd.strategies.shared import SharedLifecycle
@@ -99,6 +109,7 @@ class PowerSGDStrategy(SharedLifecycle):
         error_dtype: torch.dtype | str | None = None,
         comm_dtype: CommDtype = None,
         seed: int = 0,
+        compress: Compress = ALWAYS,
         log_metrics: bool = True,
         prog_bar: bool = False,
         checkpoint_error_feedback: bool = True,
@@ -145,6 +156,7 @@ class PowerSGDStrategy(SharedLifecycle):
             error_dtype=floating_dtype("error_dtype", error_dtype),
             comm_dtype=comm_dtype,
             seed=seed,
+            compress=compress,
         )
         if not isinstance(hierarchical, bool):
             raise TypeError(f"`hierarchical={hierarchical!r}` is not a bool. Use True or False.")
@@ -182,6 +194,7 @@ class PowerSGDStrategy(SharedLifecycle):
         self._replicas = ReplicaCheck(check_replicas_every)
         self._hooks = GradientHooks()
         self._untaken = UntakenGradients([])
+        self._trials = TrialReport()
 
     @property
     def exchange(self) -> GradientExchange | None:
@@ -267,6 +280,7 @@ class PowerSGDStrategy(SharedLifecycle):
                 self._exchange.follow(self._find_scaler())
             self._batches += 1
             self._hooks.look(self._exchange.state)
+            self._trials.look(self._exchange.state.trial)
             self._replicas.check(self._exchange, self.optimizers)
         return super().training_step(*args, **kwargs)
 

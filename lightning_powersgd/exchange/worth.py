@@ -1,0 +1,68 @@
+"""Which matrices are worth compressing on the network between the ranks: measured before a training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from lightning_powersgd.compressor.config import PowerSGDConfig
+from lightning_powersgd.compressor.plan import Group, Plan, Slot
+from lightning_powersgd.exchange.arithmetic import measure_compression
+from lightning_powersgd.exchange.core import GradientExchange
+from lightning_powersgd.exchange.link import Link, measure_link
+
+# For the network, and for the arithmetic.
+_SECONDS = 0.5
+# Matrices of one shape that are measured together, so that what a step costs beside them counts little.
+_MOST_COPIES, _MOST_ELEMENTS = 16, 2**21
+
+
+def leave_whole_what_is_not_worth_it(exchange: GradientExchange) -> Link | None:
+    """Let matrices be sent whole of which compressing takes longer than the network time that it saves.
+
+    It takes about a second. Every rank must call it, before the first step. All decide alike: a matrix is compressed
+    where that pays on the slowest rank.
+
+    Args:
+        exchange: with the settings of the training.
+
+    Returns:
+        What the network does; ``None`` where there is nothing to decide.
+    """
+    state, plan = exchange.state, exchange.plan
+    slots = list(plan.compressed)
+    if state.step or exchange.world_size == 1 or not exchange.compresses_any:
+        return None
+    link = measure_link(exchange.process_group, state.device, _SECONDS)
+    if state.trial is not None:
+        # At least: its bytes, without any latency.
+        seconds = _seconds_of(plan.dense_bytes, link)
+        (state.trial.exact_forecast,) = exchange.slowest([seconds])
+    kinds = list(dict.fromkeys(_kind(slot) for slot in slots))
+    lost = [_seconds_lost(kind, state.config, link, state.device, _SECONDS / len(kinds)) for kind in kinds]
+    margins = torch.tensor(lost, dtype=torch.float32, device=state.device)
+    dist.all_reduce(margins, dist.ReduceOp.MAX, group=exchange.replicas)
+    losing = {kind for kind, margin in zip(kinds, margins.tolist(), strict=True) if margin > 0}
+    whole = [slot.name for slot in slots if _kind(slot) in losing]
+    if whole:
+        exchange.configure(state.config, whole)
+    return link
+
+
+def _kind(slot: Slot) -> Slot:
+    """Give what matrices have in common that cost the same."""
+    return replace(slot, name="")
+
+
+def _seconds_lost(kind: Slot, config: PowerSGDConfig, link: Link, device: torch.device, seconds: float) -> float:
+    """Give the time that compressing a matrix takes, less the network time that it saves."""
+    copies = max(1, min(_MOST_COPIES, _MOST_ELEMENTS // kind.numel))
+    slots = tuple(replace(kind, name=str(number)) for number in range(copies))
+    arithmetic = measure_compression(Plan((Group((), slots, kind.formats),)), config, device, seconds) / copies
+    return arithmetic - _seconds_of(kind.dense_bytes - kind.sent_bytes(alternate=config.alternate), link)
+
+
+def _seconds_of(nbytes: float, link: Link) -> float:
+    return replace(link, latency=0.0).all_reduce_seconds(nbytes)
