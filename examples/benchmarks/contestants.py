@@ -292,7 +292,7 @@ def _measure_steps(
         rank.report(f"warming up: {contestant.name}")
         failure = ""
         try:
-            steps[contestant] = _warmed_up(contestant, _replica(original), batches, result)
+            steps[contestant] = _warmed_up(contestant, replica(original), batches, result)
         except (RuntimeError, TypeError) as error:
             failure = str(error).strip().splitlines()[0]
         failures = [failure] * dist.get_world_size()
@@ -318,7 +318,7 @@ def _measure_steps(
     return result
 
 
-def _replica(original: nn.Module) -> nn.Module:
+def replica(original: nn.Module) -> nn.Module:
     """Copy a module, but share the memory of its weights, which nobody changes."""
     replica = copy.deepcopy(original)
     for theirs, ours in zip(original.parameters(), replica.parameters(), strict=True):

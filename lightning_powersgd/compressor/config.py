@@ -50,6 +50,7 @@ class PowerSGDConfig:
             network and the arithmetic for about a second when training starts, and send a matrix whole where that takes
             less time. In training they time a few compressed and a few exact steps, at the beginning and every 3,000
             steps, and go on with the faster ones. What is decided depends on times: runs with equal seeds may differ.
+            None is "auto" beside ``rank="auto"``, unless deterministic algorithms are asked for, and else "always".
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -67,7 +68,7 @@ class PowerSGDConfig:
     error_dtype: torch.dtype | None = None
     comm_dtype: CommDtype = None
     seed: int = 0
-    compress: Compress = ALWAYS
+    compress: Compress | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, Mapping):
@@ -100,13 +101,20 @@ class PowerSGDConfig:
                 raise TypeError(f"`{name}={getattr(self, name)!r}` is not a bool. Use True or False.")
         object.__setattr__(self, "error_dtype", floating_dtype("error_dtype", self.error_dtype))
         object.__setattr__(self, "comm_dtype", _comm_dtype(self.comm_dtype))
-        if self.compress not in (ALWAYS, AUTO):
+        if self.compress not in (ALWAYS, AUTO, None):
             raise ValueError(f"`compress={self.compress!r}` is neither 'always' nor 'auto'. Use one of them.")
 
     @property
     def automatic(self) -> bool:
         """Whether the rank of any parameter follows from the turnaround."""
         return AUTO in (self.rank.values() if isinstance(self.rank, Mapping) else (self.rank,))
+
+    @property
+    def compresses_where_faster(self) -> bool:
+        """Whether times decide on what is compressed."""
+        if self.compress is None:
+            return self.automatic and not torch.are_deterministic_algorithms_enabled()
+        return self.compress == AUTO
 
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as strings, numbers, bools and dicts of them: loadable with ``weights_only=True``."""

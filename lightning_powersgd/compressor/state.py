@@ -31,7 +31,7 @@ from lightning_powersgd.compressor.checkpoint import (
     with_tensors,
 )
 from lightning_powersgd.compressor.codec import saturated
-from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig
+from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.parameters import common_device, parameter_name
 from lightning_powersgd.compressor.passes import assign
 from lightning_powersgd.compressor.plan import (
@@ -321,11 +321,10 @@ class PowerSGDState:
         Args:
             error_feedback: whether to include the error buffers.
         """
+        decided = {} if self.trial is None else {"whole": sorted(self.whole), "trial": self.trial.to_dict()}
         return {
             "format_version": FORMAT_VERSION,
             "settings": self.config.to_dict(),
-            "whole": sorted(self.whole),
-            "trial": None if self.trial is None else self.trial.to_dict(),
             "step": self.step,
             "averaged": self.averaged,
             "held": self.held,
@@ -336,6 +335,7 @@ class PowerSGDState:
                 **{name: self._waiting_entry(entry, error_feedback) for name, entry in self._waiting.items()},
                 **{slot.name: self._slot_entry(slot, error_feedback) for slot in self.plan.compressed},
             },
+            **decided,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
@@ -362,7 +362,7 @@ class PowerSGDState:
             if name in saved:
                 require_shape(name, tuple(saved[name]["shape"]), shape)
         config = as_saved(self.given, state["settings"])
-        whole = frozenset(state.get("whole", []) if config.compress == AUTO else [])
+        whole = frozenset(state.get("whole", []) if self.trial is not None else [])
         if (config, whole) != (self.config, self.whole):
             self.configure(config, whole)
         trial = state.get("trial")

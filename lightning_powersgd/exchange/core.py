@@ -42,7 +42,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig
+from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.plan import Plan, Slot
 from lightning_powersgd.compressor.precision import full_precision
 from lightning_powersgd.compressor.state import PowerSGDState
@@ -109,7 +109,7 @@ class GradientExchange:
         self._averaging: list[Work] = []
         self._unsent: UnsentErrors | None = None
         self._stopwatch = Stopwatch(state.device)
-        if state.config.compress == AUTO:
+        if state.config.compresses_where_faster:
             state.trial = Trial(self.world_size)
 
     @property

@@ -57,6 +57,7 @@ def describe_exchange(config: PowerSGDConfig, ddp_kwargs: Mapping[str, Any], dev
     arguments = {f"the argument `{name}`": repr(value) for name, value in config.to_dict().items()}
     for name in ("find_unused_parameters", "static_graph", "bucket_cap_mb"):
         arguments[f"the argument `{name}`"] = repr(ddp_kwargs.get(name))
+    arguments["whether times decide on what is compressed"] = repr(config.compresses_where_faster)
     if device.type == "cpu":
         # The averaged gradient is computed on each rank, and compiled code rounds otherwise than PyTorch's.
         arithmetic = "compiled code" if native.library() else "PyTorch's operations"

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_powersgd.compressor.config import (
-    ALWAYS,
     AUTO,
     CommDtype,
     Compress,
@@ -82,7 +81,7 @@ class PowerSGDFabricStrategy(Named, FabricDDPStrategy):
         error_dtype: torch.dtype | str | None = None,
         comm_dtype: CommDtype = None,
         seed: int = 0,
-        compress: Compress = ALWAYS,
+        compress: Compress | None = None,
         checkpoint_error_feedback: bool = True,
         scaler: Scaler | None = None,
         *,

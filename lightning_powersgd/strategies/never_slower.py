@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_powersgd.compressor.config import AUTO
 from lightning_powersgd.compressor.trial import PAUSE, Trial
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.worth import leave_whole_what_is_not_worth_it
@@ -15,7 +14,7 @@ def settle_what_is_worth_it(exchange: GradientExchange) -> None:
 
     Every rank must call it.
     """
-    if exchange.state.config.compress != AUTO:
+    if exchange.state.trial is None:
         return
     link = leave_whole_what_is_not_worth_it(exchange)
     if link is None:

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_powersgd.compressor.config import (
-    ALWAYS,
     AUTO,
     CommDtype,
     Compress,
@@ -109,7 +108,7 @@ class PowerSGDStrategy(SharedLifecycle):
         error_dtype: torch.dtype | str | None = None,
         comm_dtype: CommDtype = None,
         seed: int = 0,
-        compress: Compress = ALWAYS,
+        compress: Compress | None = None,
         log_metrics: bool = True,
         prog_bar: bool = False,
         checkpoint_error_feedback: bool = True,
