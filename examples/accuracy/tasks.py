@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from bf16_hook import bf16_hook
 from decentralized import SortedShards
 from image_classification import ImageClassifier, ImageDataModule
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -97,14 +97,7 @@ class HalfWidth(DDPStrategy):
 
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on GPUs only.
-        self.model.register_comm_hook(None, _in_bfloat16)
-
-
-def _in_bfloat16(_, bucket):  # DDP would check annotations, and knows none that are postponed
-    """Average a bucket in bfloat16, as PyTorch's `bf16_compress_hook` does, which asks for NCCL."""
-    wire = (bucket.buffer() / dist.get_world_size()).bfloat16()
-    future = dist.all_reduce(wire, async_op=True).get_future()
-    return future.then(lambda _: bucket.buffer().copy_(wire))
+        self.model.register_comm_hook(None, bf16_hook)
 
 
 class Alone(PowerGossipStrategy):

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
-from workloads import Network
+from workloads import Network, bf16_hook
 
 if TYPE_CHECKING:
     from lightning_powersgd import GossipExchange, PowerSGDConfig
@@ -120,7 +120,7 @@ class Contestant:
         elif self.family == "fp16 hook":
             ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
         elif self.family == "bf16 hook":
-            ddp.register_comm_hook(None, default_hooks.bf16_compress_hook)
+            ddp.register_comm_hook(None, bf16_hook)
         return ddp
 
     def config(self) -> "PowerSGDConfig":
@@ -137,6 +137,7 @@ class Contestant:
 
 NO_EXCHANGE = Contestant("no exchange")
 ALL_REDUCE = Contestant("all-reduce")
+BF16_HOOK = Contestant("bf16 hook")
 
 
 def powersgd_contestants(ranks: Sequence[int]) -> list[Contestant]:

@@ -17,7 +17,8 @@ The limit is measured beside, over as much memory, with PyTorch's operations tha
 | write ĝ | P̂ Qᵀ, over M |
 
 That is 7 passes over the gradient's size; the last is made piece by piece with the one before, while M is in the cache.
-An alternating step knows its basis from the start, projects while it adds, and so needs 6.
+An alternating step knows its basis from the start, projects while it adds, and so needs 6. Beside them stands what the
+bf16 hook computes: it casts the gradients to bfloat16, divides them, and casts them back.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from matplotlib.figure import Figure
 from processes import pretend_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
+from workloads import bf16_hook
 
 Shape = tuple[int, int]
 BUCKET_BYTES = 25 * 2**20  # DDP's default
@@ -190,7 +192,8 @@ def measure(name: str, rank: int, working_set: WorkingSet, repeats: int) -> Samp
     theirs = torch_powersgd_state(rank)
     named = [(str(index), parameter) for index, parameter in enumerate(working_set.parameters)]
     work: dict[tuple[str, Family], Callable[[], None]] = {
-        ("hook", "PyTorch's hook"): lambda: working_set.step(lambda bucket: powerSGD_hook(theirs, bucket))
+        ("hook", "bf16 hook"): lambda: working_set.step(lambda bucket: bf16_hook(None, bucket)),
+        ("hook", "PyTorch's hook"): lambda: working_set.step(lambda bucket: powerSGD_hook(theirs, bucket)),
     }
     for family in OURS:
         buckets = DDPBuckets(GradientExchange(PowerSGDState(named, Contestant(family, rank).config(), BUCKET_BYTES)))
@@ -226,7 +229,7 @@ def last_level_cache(device: torch.device) -> int:
 
 def tabulate(results: list[Sampled], size: int, threads: int) -> ResultTable:
     """Lay the figures side by side."""
-    columns = ["matrix", "rank", "limit ms", "PyTorch ms", "full ms", "altern. ms", "full GB/s"]
+    columns = ["matrix", "rank", "limit ms", "bf16 ms", "PyTorch ms", "full ms", "altern. ms", "full GB/s"]
     columns += ["PyTorch ÷ limit", "full ÷ limit", "altern. ÷ limit", "PyTorch ÷ full"]
     table = ResultTable(
         "Compression and decompression alone",
@@ -236,13 +239,15 @@ def tabulate(results: list[Sampled], size: int, threads: int) -> ResultTable:
         " that the algorithm cannot do without, made by plain operations: 7 in a full step (read g, e, write M; read M;"
         " read M, write e; write ĝ), 6 in an alternating one, against which that is held. M must be complete before P"
         " is averaged, P̂ known before Q, and e is written only when all averages have come and are finite. Writing past"
-        " the caches, as PyTorch's operations do not always, can win a few per cent against it. Gradients and error"
+        " the caches, as PyTorch's operations do not always, can win a few per cent against it. “bf16” is what the bf16"
+        " hook computes, two casts and a division, whatever the rank. Gradients and error"
         f" buffers of a step have at least {size / 2**20:,.0f} MiB, so that they come from memory; {threads}"
         f" thread{'s' if threads > 1 else ''}.",
     )
     for result in results:
         theirs, full, alternating = (result.seconds[family] for family in POWERSGD)
-        milliseconds = [result.milliseconds(s) for s in (result.limits["full"], theirs, full, alternating)]
+        steps = (result.limits["full"], result.seconds["bf16 hook"], theirs, full, alternating)
+        milliseconds = [result.milliseconds(seconds) for seconds in steps]
         rate = result.gigabytes_per_second["full"]
         ratios = [result.ratio(family) for family in POWERSGD]
         cells = [*milliseconds, rate, *ratios, paired_ratio(theirs, full).median]

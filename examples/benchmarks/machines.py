@@ -5,7 +5,8 @@
 
 The machines are network namespaces of two processes each, with an emulated link between them. The contestants take
 turns within one run of the same processes, and their ratios are taken round by round. Some shard the model inside each
-machine: "hybrid sharding" is FSDP2's own on a mesh of two dimensions, "no exchange" averages inside each machine only.
+machine: "hybrid sharding" is FSDP2's own on a mesh of two dimensions, with bf16 it reduces gradients in that dtype, and
+"no exchange" averages inside each machine only.
 The others have the whole model on every device. No contestant takes an optimizer's step.
 """
 
@@ -19,20 +20,21 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from common import BLUE, GREEN, GREY, ORANGE, ResultTable, format_bytes, format_number, positive, spread
+from common import BLUE, GREEN, GREY, ORANGE, PURPLE, ResultTable, format_bytes, format_number, positive, spread
 from matplotlib.figure import Figure
 from network import LINKS, emulated_network, over_links
 from processes import Rank, run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from workloads import NETWORKS, Network
+from workloads import NETWORKS, Network, bf16_hook
 
 MACHINES, DEVICES = 2, 2
 REPEATS = {"loopback": 20, "10gbit": 20, "1gbit": 8, "100mbit": 3}
 NO_EXCHANGE, HYBRID, DDP = "sharded, no exchange", "sharded, FSDP2's hybrid sharding", "DDP"
-COLORS = {NO_EXCHANGE: GREY, HYBRID: ORANGE, DDP: ORANGE}
+HYBRID_BF16, DDP_BF16 = f"{HYBRID}, bf16", f"{DDP}, bf16 hook"
+COLORS = {NO_EXCHANGE: GREY, HYBRID: ORANGE, DDP: ORANGE, HYBRID_BF16: PURPLE, DDP_BF16: PURPLE}
 
 
 @dataclass
@@ -53,7 +55,7 @@ def run(network: Network, ranks: Sequence[int], repeats: int, arguments: argpars
 
     def measure(namespaces: list[str] | None) -> list[dict[str, Timing]]:
         with common.progress_bar() as progress:
-            task = progress.add_task(link, total=(3 + 4 * len(ranks)) * (1 + repeats))
+            task = progress.add_task(link, total=(5 + 4 * len(ranks)) * (1 + repeats))
             return run_ranks(
                 _measure,
                 network,
@@ -102,9 +104,18 @@ def _contestants(
     models = {
         NO_EXCHANGE: _sharded(network, device, mesh["shard"]),
         HYBRID: _sharded(network, device, mesh),
+        HYBRID_BF16: _sharded(network, device, mesh, reduce_dtype=torch.bfloat16),
         DDP: DistributedDataParallel(network.build(device)),
+        DDP_BF16: DistributedDataParallel(network.build(device)),
     }
-    timings = {NO_EXCHANGE: Timing(), HYBRID: Timing(sent_bytes=shard_bytes), DDP: Timing(sent_bytes=2 * shard_bytes)}
+    models[DDP_BF16].register_comm_hook(None, bf16_hook)
+    timings = {
+        NO_EXCHANGE: Timing(),
+        HYBRID: Timing(sent_bytes=shard_bytes),
+        HYBRID_BF16: Timing(sent_bytes=shard_bytes / 2),
+        DDP: Timing(sent_bytes=network.gradient_bytes),
+        DDP_BF16: Timing(sent_bytes=network.gradient_bytes / 2),
+    }
     for kept in ranks:
         for alternate in (False, True):
             name = f"sharded, PowerSGD, rank {kept}{', alternating' if alternate else ''}"
@@ -120,12 +131,14 @@ def _contestants(
     return models, timings
 
 
-def _sharded(network: Network, device: torch.device, mesh: DeviceMesh) -> nn.Module:
-    model = network.build(device)
+def _sharded(
+    network: Network, device: torch.device, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None
+) -> nn.Module:
+    model, policy = network.build(device), MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule) and device.type == "cpu":
             module.set_force_sum_reduction_for_comms(True)  # gloo has no average

@@ -22,7 +22,7 @@ import common
 import numpy as np
 import torch
 from common import ResultTable, format_bytes, positive
-from contestants import ALL_REDUCE, STYLES, WARM_UP_STEPS, Contestant, powersgd_contestants
+from contestants import ALL_REDUCE, BF16_HOOK, STYLES, WARM_UP_STEPS, Contestant, powersgd_contestants
 from matplotlib.figure import Figure
 from processes import pretend_ranks
 from torch import nn
@@ -94,7 +94,7 @@ def tabulate(network: Network, usages: dict[Contestant, Usage]) -> ResultTable:
             continue
         beyond = usage.held - plain.held, usage.peak - plain.peak
         ratios = [f"{value / gradients:.2f}" for value in beyond]
-        cells = [contestant.family_name, str(contestant.rank), *map(format_bytes, beyond), *ratios]
+        cells = [contestant.family_name, str(contestant.rank or ""), *map(format_bytes, beyond), *ratios]
         table.rows.append(cells)
     return table
 
@@ -134,7 +134,7 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     torch.set_num_threads(1)
 
-    contestants = [ALL_REDUCE]
+    contestants = [ALL_REDUCE, BF16_HOOK]
     for rank in arguments.ranks:
         contestants += [*powersgd_contestants([rank]), Contestant("full", rank, torch.bfloat16)]
     results: dict[Network, dict[Contestant, Usage]] = {}

@@ -30,6 +30,7 @@ import numpy as np
 from common import ResultTable, format_bytes, format_number, positive
 from contestants import (
     ALL_REDUCE,
+    BF16_HOOK,
     NO_EXCHANGE,
     STYLES,
     Contestant,
@@ -309,7 +310,7 @@ def main() -> None:
             " each, two at least. Add 2."
         )
 
-    contestants = [NO_EXCHANGE, ALL_REDUCE, *powersgd_contestants([arguments.rank])]
+    contestants = [NO_EXCHANGE, ALL_REDUCE, BF16_HOOK, *powersgd_contestants([arguments.rank])]
     network = NETWORKS[arguments.model]
 
     def measure_link(link: str) -> LinkResult:

@@ -21,6 +21,7 @@ import numpy as np
 from common import ResultTable, format_bytes, format_number, positive, spread
 from contestants import (
     ALL_REDUCE,
+    BF16_HOOK,
     NO_EXCHANGE,
     POWERSGD,
     STYLES,
@@ -40,7 +41,7 @@ from workloads import NETWORKS
 REPEATS = {"loopback": 30, "10gbit": 30, "1gbit": 12, "100mbit": 4}
 # Bytes of the all-reduce that measures what a link really carries: half a second's, and on a fast one enough.
 PROBE_BYTES = {"loopback": 2**26, "10gbit": 2**26, "1gbit": 2**26, "100mbit": 2**23}
-REFERENCES = [NO_EXCHANGE, ALL_REDUCE, Contestant("fp16 hook"), Contestant("bf16 hook")]
+REFERENCES = [NO_EXCHANGE, ALL_REDUCE, Contestant("fp16 hook"), BF16_HOOK]
 
 
 def tabulate(link: str, measured: Measurement, arguments: argparse.Namespace) -> ResultTable:

@@ -1,4 +1,4 @@
-"""The networks whose gradients are exchanged.
+"""The networks whose gradients are exchanged, and what else the benchmarks take from the examples.
 
 They keep no running statistics, so DDP has no buffers to broadcast, and draw no random numbers in their forward pass.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1]))  # where the examples lie
 
+from bf16_hook import bf16_hook as bf16_hook
 from resnet import resnet18
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_powersgd.compressor.config import ALWAYS, PowerSGDConfig, Rank
-from lightning_powersgd.compressor.plan import Group, Plan, Slot, make_plan
+from lightning_powersgd.compressor.plan import DEFAULT_GROUP_BYTES, Group, Plan, Slot, make_plan
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.link import synchronize
@@ -72,12 +73,50 @@ def measure_compression(
         synchronize(device)
         return (time.perf_counter() - start) / 2
 
-    two_steps()
-    deadline, samples = time.perf_counter() + seconds, [two_steps()]
+    return _fastest(two_steps, seconds) * elements / sum(slot.numel for slot in state.plan.compressed)
+
+
+def measure_casts(slots: Sequence[Slot], device: torch.device) -> float:
+    """Measure the arithmetic of the bf16 hook in a step: gradients cast to bfloat16, divided, and cast back.
+
+    It goes over one bucket of each dtype, in proportion.
+
+    Args:
+        slots: of the parameters whose gradients it casts.
+        device: where.
+
+    Returns:
+        Seconds.
+    """
+    seconds = 0.0
+    for dtype, elements in _elements_by_dtype(slots).items():
+        bucket = torch.randn(min(elements, DEFAULT_GROUP_BYTES // dtype.itemsize), dtype=dtype, device=device)
+
+        def cast(bucket: Tensor = bucket) -> float:
+            synchronize(device)
+            start = time.perf_counter()
+            bucket.copy_(bucket.to(torch.bfloat16).div_(2))
+            synchronize(device)
+            return time.perf_counter() - start
+
+        seconds += _fastest(cast) * elements / bucket.numel()
+    return seconds
+
+
+def _elements_by_dtype(slots: Sequence[Slot]) -> Counter[torch.dtype]:
+    elements: Counter[torch.dtype] = Counter()
+    for slot in slots:
+        elements[slot.dtype] += slot.numel
+    return +elements
+
+
+def _fastest(sample: Callable[[], float], seconds: float = _MOST_SECONDS) -> float:
+    """Take samples after one to warm up. The fastest is what the machine can do; the rest belongs to other programs."""
+    sample()
+    deadline, samples = time.perf_counter() + seconds, [sample()]
     while len(samples) < _MOST_SAMPLES and time.perf_counter() < deadline:
-        samples.append(two_steps())
-    # The fastest is what the machine can do; what is beyond it belongs to other programs.
-    return min(samples) * elements / sum(slot.numel for slot in state.plan.compressed)
+        samples.append(sample())
+    return min(samples)
 
 
 def _random_gradients(group: Group, device: torch.device) -> dict[str, Tensor]:

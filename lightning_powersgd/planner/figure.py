@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#5F5F5F"
+_BLUE, _ORANGE, _PURPLE, _GREY = "#0072B2", "#D55E00", "#CC79A7", "#5F5F5F"
 _SLOWEST, _FASTEST = 1e7, 1e11
 
 
 def draw(forecast: Forecast, links: Sequence[LinkForecast], title: str) -> Figure:
-    """Draw the time of an exchange over the speed of the link."""
+    """Draw the time of an exchange over the speed of the link; each link with those of all-reduce and PowerSGD."""
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
@@ -28,17 +28,19 @@ def draw(forecast: Forecast, links: Sequence[LinkForecast], title: str) -> Figur
     rates = np.geomspace(slowest, fastest, 200)
     over = [forecast.over(float(rate)) for rate in rates]
     plain, ours = [f.all_reduce_seconds for f in over], [f.powersgd_seconds for f in over]
+    rival = [f.rival_seconds for f in over]
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.plot(rates, plain, "--", color=_ORANGE, linewidth=2, label="all-reduce (DDP)")
+    axes.plot(rates, [f.bf16_seconds for f in over], ":", color=_PURPLE, linewidth=2, label="bf16 hook (DDP)")
     axes.plot(rates, ours, "-", color=_BLUE, linewidth=2, label="PowerSGD")
-    axes.fill_between(rates, plain, ours, where=np.less(ours, plain), color=_BLUE, alpha=0.08, linewidth=0)
+    axes.fill_between(rates, rival, ours, where=np.less(ours, rival), color=_BLUE, alpha=0.08, linewidth=0)
 
     if slowest < forecast.break_even < fastest:
-        time = forecast.over(forecast.break_even).all_reduce_seconds
+        time = forecast.over(forecast.break_even).powersgd_seconds
         axes.plot(forecast.break_even, time, "o", color="black", zorder=3)
         axes.annotate(
             f"PowerSGD pays\nbelow {format_rate(forecast.break_even)}",

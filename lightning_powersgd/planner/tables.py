@@ -117,10 +117,11 @@ def link_table(links: Sequence[LinkForecast]) -> Table:
     """Make the table of the time of an exchange over each link."""
     table = _make_table()
     table.add_column("link", no_wrap=True)
-    for heading in ("all-reduce", "PowerSGD", "= computing", "+ network", "gain"):
+    for heading in ("all-reduce", "bf16 hook", "PowerSGD", "= computing", "+ network", "gain"):
         table.add_column(heading, justify="right", no_wrap=True)
     for link in links:
-        times = (link.all_reduce_seconds, link.powersgd_seconds, link.compress_seconds, link.network_seconds)
+        rivals = (link.all_reduce_seconds, link.bf16_seconds)
+        times = (*rivals, link.powersgd_seconds, link.compress_seconds, link.network_seconds)
         gain = f"[{'green' if link.pays else 'yellow'}]{format_ratio(link.speedup())}"
         table.add_row(link.name, *map(format_seconds, times), gain)
     return table
@@ -130,12 +131,13 @@ def step_table(links: Sequence[LinkForecast], step_seconds: float) -> Table:
     """Make the table of the time of a step over each link."""
     table = _make_table()
     table.add_column("link", no_wrap=True)
-    for heading in ("with all-reduce", "with PowerSGD", "speed-up"):
+    for heading in ("with all-reduce", "with bf16 hook", "with PowerSGD", "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
     for link in links:
         least, most = link.least_speedup(step_seconds), link.speedup(step_seconds)
         color = "green" if least > 1 else "yellow"
-        with_exchange = (step_seconds + link.all_reduce_seconds, step_seconds + link.powersgd_seconds)
+        exchanges = (link.all_reduce_seconds, link.bf16_seconds, link.powersgd_seconds)
+        with_exchange = (step_seconds + seconds for seconds in exchanges)
         range_ = f"{least:.2f} to {most:.2f}×" if most < 10 else f"{format_ratio(least)} to {format_ratio(most)}"
         table.add_row(link.name, *map(format_seconds, with_exchange), f"[{color}]{range_}")
     return table

@@ -24,17 +24,32 @@ EXPECTED = {
         "no exchange",
         "all-reduce",
         "fp16 hook",
+        "bf16 hook",
         "PyTorch's hook",
         "PowerSGD full",
         "PowerSGD alternating",
         "PowerGossip",
     ],
     "gossip": ["whole models", "rank 2"],
-    "machines": ["no exchange", "hybrid sharding", "sharded, PowerSGD, rank 2", "rank 2, hierarchical"],
-    "kernel": ["256x256", "200 small layers"],
-    "memory": ["PyTorch's hook", "PowerSGD full", "PowerSGD alternating", "PowerSGD full, bfloat16 errors"],
+    "machines": [
+        "no exchange",
+        "hybrid sharding",
+        "hybrid sharding, bf16",
+        "DDP, bf16 hook",
+        "sharded, PowerSGD, rank 2",
+        "rank 2, hierarchical",
+    ],
+    "kernel": ["bf16 ms", "256x256", "200 small layers"],
+    "memory": [
+        "bf16 hook",
+        "PyTorch's hook",
+        "PowerSGD full",
+        "PowerSGD alternating",
+        "PowerSGD full, bfloat16 errors",
+    ],
     "scale": [
         "all-reduce",
+        "bf16 hook",
         "PyTorch's hook, rank 2",
         "PowerSGD full, rank 2",
         "PowerSGD alternating, rank 2",
@@ -86,7 +101,8 @@ def test_the_steps_are_counted_and_paired(printed, output_dir):
     }
     dense = exchanges["all-reduce"]["sent_bytes"]
     assert exchanges["no exchange"]["sent_bytes"] == 0
-    assert exchanges["fp16 hook"]["sent_bytes"] == dense / 2
+    assert exchanges["fp16 hook"]["sent_bytes"] == exchanges["bf16 hook"]["sent_bytes"] == dense / 2
+    assert exchanges["bf16 hook"]["all_reduces"] == exchanges["all-reduce"]["all_reduces"]
     assert exchanges["PowerSGD alternating, rank 2"]["sent_bytes"] < exchanges["PowerSGD full, rank 2"]["sent_bytes"]
     assert exchanges["PowerSGD full, rank 2"]["sent_bytes"] == exchanges["PyTorch's hook, rank 2"]["sent_bytes"]
     assert exchanges["PowerSGD full, rank 2"]["all_reduces"] == 2
@@ -173,6 +189,19 @@ def test_pretended_ranks_change_nothing():
         tensor = torch.ones(3)
         assert dist.all_reduce(tensor, async_op=True).get_future().wait()[0] is not None
         assert torch.equal(tensor, torch.ones(3))
+
+
+def test_the_bf16_hook_averages_in_bfloat16_on_a_cpu():
+    from kernel import Bucket
+    from processes import pretend_ranks
+    from workloads import bf16_hook
+
+    bucket = Bucket(0, [torch.nn.Parameter(torch.empty(100))], last=True)
+    gradient = torch.randn(100)
+    bucket.buffer().copy_(gradient)
+    with pretend_ranks(2):  # which send nothing: half of the gradient is left
+        assert bf16_hook(None, bucket).wait() is bucket.buffer()
+    assert torch.equal(bucket.buffer(), (gradient.bfloat16() / 2).float())
 
 
 def test_a_failing_rank_is_reported():

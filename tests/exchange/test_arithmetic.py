@@ -56,3 +56,15 @@ def test_of_a_narrow_matrix_enough_is_measured(monkeypatch):
     config = PowerSGDConfig(rank=4, min_compression_ratio=1.0)
     # Its factors are smaller than itself from 20 rows on.
     assert forecast_exchange(nn.Linear(5, 1000, bias=False), config, device="cpu").compress_seconds > 0
+
+
+def test_casts_are_measured_on_a_bucket_of_each_dtype(monkeypatch):
+    # As above: the casts of any bucket take a second.
+    monkeypatch.setattr(arithmetic.time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(arithmetic, "DEFAULT_GROUP_BYTES", 4000)
+    module = nn.ParameterList([torch.empty(1500), torch.empty(1000), torch.empty(50, dtype=torch.float64)])
+    slots = make_plan(module.named_parameters(), PowerSGDConfig()).slots
+    assert arithmetic.measure_casts(slots, torch.device("cpu")) == 2.5 + 1
+    assert arithmetic.measure_casts([], torch.device("cpu")) == 0
+    # Vectors only: nothing is compressed, and the hook casts all the same.
+    assert forecast_exchange(module, device="cpu").cast_seconds == 3.5

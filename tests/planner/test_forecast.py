@@ -27,11 +27,15 @@ def test_the_times_are_those_computed_by_hand():
     link = result.over("1mbit")
     # Six messages of a quarter of the payload: 1 ms and 8 · 10,100 / 1e6 s each.
     assert link.all_reduce_seconds == pytest.approx(6 * (0.001 + 0.0808))
+    # Half the bytes in as many messages; the casts are free where PowerSGD's arithmetic was given.
+    assert result.bf16_payloads == (20_200,)
+    assert link.bf16_seconds == pytest.approx(6 * (0.001 + 0.0404))
+    assert (link.rival, link.rival_seconds) == ("the bf16 hook", link.bf16_seconds)
     assert link.network_seconds == pytest.approx(6 * (0.001 + 0.0024) + 6 * (0.001 + 0.0016))
     assert link.powersgd_seconds == pytest.approx(0.005 + link.network_seconds)
     assert link.pays
-    # A second collective costs 6 ms, computing 5 ms; 6 · 8 · (10,100 − 500) bits are saved.
-    assert result.break_even == pytest.approx(460_800 / 0.011)
+    # A second collective costs 6 ms, computing 5 ms; 6 · 8 · (5,050 − 500) bits are saved.
+    assert result.break_even == pytest.approx(218_400 / 0.011)
 
 
 def test_the_ratio_of_a_resnet18_is_the_plans():
@@ -107,44 +111,80 @@ def test_every_dtype_has_buckets_of_its_own():
     assert forecast_exchange(named, compress_seconds=0).dense_payloads == (2**20, 2**22, 400)
 
 
-def test_on_the_link_of_break_even_both_take_the_same_time():
+def test_on_the_link_of_break_even_powersgd_takes_as_long_as_its_rival():
     result = forecast_exchange(resnet18_parameters(), PowerSGDConfig(rank=2), compress_seconds=0.03)
     at, below, above = (result.over(result.break_even * factor) for factor in (1, 0.99, 1.01))
-    assert at.all_reduce_seconds == pytest.approx(at.powersgd_seconds)
+    assert at.rival_seconds == at.bf16_seconds == pytest.approx(at.powersgd_seconds)
     assert below.pays
     assert not above.pays
-    assert str(above).startswith(f"{above.name}: compression would not pay here: computing takes 30 ms and saves 29.")
-    assert f"It would pay on a link below {format_rate(result.break_even)}." in str(above)
-    assert str(result.over("100mbit")) == "100mbit: 80.3 ms instead of 6.26 s, 78× faster."
+    assert str(above).startswith(f"{above.name}: PowerSGD would not pay here. It takes 34.")
+    assert f", the bf16 hook 34.3 ms. It would pay on a link below {format_rate(result.break_even)}." in str(above)
+    assert str(result.over("100mbit")) == "100mbit: 80.3 ms instead of 3.13 s with the bf16 hook, 39× faster."
 
 
 def test_where_computing_costs_nothing_it_always_pays():
     result = forecast_exchange(resnet18_parameters(), PowerSGDConfig(rank=2, alternate=True), compress_seconds=0)
     assert result.break_even == math.inf
     assert result.over(1e15).pays
-    assert "it pays on any link" in str(result)
+    assert "it is faster than plain all-reduce and the bf16 hook on any link." in str(result)
 
 
 def test_a_latency_may_eat_all_that_is_saved():
     result = forecast_exchange(nn.Linear(50, 50), world_size=64, latency=0.01, compress_seconds=0.001)
     link = result.over("10gbit")
     assert not link.pays
-    assert "saves no network time" in str(link)
+    assert 0 < result.break_even < link.bits_per_second
 
 
 def test_nothing_to_compress_never_pays():
-    result = forecast_exchange(nn.LayerNorm(100))
+    result = forecast_exchange(nn.LayerNorm(100), device="cpu")
     assert result.compress_seconds == 0
     assert result.break_even == 0
     assert not result.over(1).pays
-    assert str(result.over("1gbit")) == "1gbit: compression would not pay here: no parameter is compressed."
+    assert str(result.over("1gbit")).startswith("1gbit: PowerSGD would not pay here. It takes 1.41 ms, ")
     assert str(result) == "PowerSGD compresses none of the 2 trainable parameters."
 
 
+def test_the_bf16_hook_sends_two_bytes_of_what_is_wider():
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+    named = [(str(dtype), nn.Parameter(torch.empty(1000, dtype=dtype))) for dtype in dtypes]
+    result = forecast_exchange(named, compress_seconds=0)
+    assert sorted(result.dense_payloads) == [2000, 2000, 4000, 8000, 8000]
+    assert sorted(result.bf16_payloads) == [2000, 2000, 2000, 2000, 8000]
+    assert result.cast_seconds == 0
+
+
+def test_casts_are_measured_where_computing_is(monkeypatch):
+    monkeypatch.setattr(forecast, "measure_compression", lambda *_: 0.03)
+    monkeypatch.setattr(forecast, "measure_casts", lambda slots, device: 1e-6 * sum(slot.numel for slot in slots))
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100, dtype=torch.bfloat16))
+    result = forecast_exchange(model, device="cpu")
+    assert result.cast_seconds == pytest.approx(0.0101)
+    link = result.over("1gbit")
+    given = forecast_exchange(model, compress_seconds=0.03).over("1gbit")
+    assert link.bf16_seconds == pytest.approx(given.bf16_seconds + 0.0101)
+    # Then plain all-reduce is the one to be faster than.
+    assert (link.rival, given.rival) == ("plain all-reduce", "the bf16 hook")
+    assert link.rival_seconds == link.all_reduce_seconds
+
+
+def test_where_the_bf16_hook_sends_fewer_bytes_no_slow_link_pays():
+    # One matrix of 30 × 30, and a vector that only the hook makes shorter.
+    model = nn.ParameterDict({"matrix": torch.empty(30, 30), "vector": torch.empty(10_000)})
+    result = forecast_exchange(model, PowerSGDConfig(rank=2), compress_seconds=0.001)
+    assert sum(result.bf16_payloads) < result.sent_bytes < result.dense_bytes
+    assert result.break_even == 0
+    assert not result.over("1kbit").pays
+    assert str(result.over("1kbit")).endswith(" s.")
+    assert "it is faster than plain all-reduce and the bf16 hook on no link." in str(result)
+
+
 def test_the_speedup_of_a_step_lies_between_no_overlap_and_all():
-    link = forecast_exchange(nn.Linear(100, 100), world_size=2, latency=0, compress_seconds=0.5).over(32 * 10_100)
-    assert link.all_reduce_seconds == 1
-    assert link.powersgd_seconds == pytest.approx(0.5 + 500 / 10_100)
+    # A link that carries a second's worth of bfloat16.
+    link = forecast_exchange(nn.Linear(100, 100), world_size=2, latency=0, compress_seconds=0.5).over(16 * 10_100)
+    assert link.all_reduce_seconds == 2
+    assert link.bf16_seconds == 1
+    assert link.powersgd_seconds == pytest.approx(0.5 + 500 / 5_050)
     assert link.speedup() == pytest.approx(1 / link.powersgd_seconds)
     assert link.speedup(2) == pytest.approx(3 / (2 + link.powersgd_seconds))
     assert link.least_speedup(2) == pytest.approx(2 / (2 + link.powersgd_seconds))
