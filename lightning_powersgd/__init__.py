@@ -19,7 +19,7 @@ from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.ddp import attach_powersgd
 from lightning_powersgd.exchange.gossip import GossipExchange, PowerGossipConfig
 from lightning_powersgd.exchange.topology import Topology, make_topology
-from lightning_powersgd.metrics import monitors
+from lightning_powersgd.metrics import energy, monitors
 from lightning_powersgd.metrics.compression import (
     BytesSaved,
     BytesSent,
@@ -27,6 +27,7 @@ from lightning_powersgd.metrics.compression import (
     ConsensusDistance,
     ResidualRatio,
 )
+from lightning_powersgd.metrics.energy import EnergyUse
 from lightning_powersgd.namespaces import in_use, when_imported
 from lightning_powersgd.planner.forecast import Forecast, LinkForecast, forecast_exchange
 from lightning_powersgd.strategies import fabric, model_parallel, powergossip, powersgd
@@ -34,6 +35,7 @@ from lightning_powersgd.version import __version__
 
 if TYPE_CHECKING:
     from lightning_powersgd.exchange.sharded import ShardedGradients, attach_powersgd_to_shards
+    from lightning_powersgd.metrics.energy import EnergyMonitor
     from lightning_powersgd.metrics.monitors import CompressionMonitor, GossipMonitor
     from lightning_powersgd.strategies.fabric import PowerSGDFabricStrategy
     from lightning_powersgd.strategies.model_parallel import PowerSGDModelParallelStrategy
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 _JOINED = {
     cls.__name__: cls
     for cls in (
+        energy.EnergyMonitor,
         monitors.CompressionMonitor,
         monitors.GossipMonitor,
         fabric.PowerSGDFabricStrategy,
@@ -76,6 +79,8 @@ __all__ = [
     "CompressionMonitor",
     "CompressionRatio",
     "ConsensusDistance",
+    "EnergyMonitor",
+    "EnergyUse",
     "Forecast",
     "GossipExchange",
     "GossipMonitor",

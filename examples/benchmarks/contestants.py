@@ -210,6 +210,7 @@ class Measurement:
 
     Attributes:
         seconds: of every round's step, by contestant.
+        cpu_seconds: that processors worked in it, for all ranks together, by contestant.
         sent_bytes: handed to all-reduce in a step, or sent to neighbours, by contestant.
         collectives: all-reduces of a step, by contestant.
         failures: why a contestant could not be measured.
@@ -217,6 +218,7 @@ class Measurement:
     """
 
     seconds: dict[Contestant, list[float]] = field(default_factory=dict)
+    cpu_seconds: dict[Contestant, list[float]] = field(default_factory=dict)
     sent_bytes: dict[Contestant, float] = field(default_factory=dict)
     collectives: dict[Contestant, float] = field(default_factory=dict)
     failures: dict[Contestant, str] = field(default_factory=dict)
@@ -276,6 +278,9 @@ def run_steps(
         )
     slowest = results[0]
     slowest.seconds = {key: np.max([result.seconds[key] for result in results], 0).tolist() for key in slowest.seconds}
+    slowest.cpu_seconds = {
+        key: np.sum([result.cpu_seconds[key] for result in results], 0).tolist() for key in slowest.cpu_seconds
+    }
     slowest.bare_seconds = {
         size: np.max([result.bare_seconds[size] for result in results], 0).tolist() for size in bare_sizes
     }
@@ -307,6 +312,7 @@ def _measure_steps(
     result.bare_seconds = {size: rank.all_reduce_seconds(size, repeats=7) for size in bare_sizes}
 
     result.seconds = {contestant: [] for contestant in steps}
+    result.cpu_seconds = {contestant: [] for contestant in steps}
     order = list(steps)
     shuffled = random.Random(0)
     for round_ in range(repeats):
@@ -314,7 +320,9 @@ def _measure_steps(
         for contestant in order:
             rank.report(f"round {round_ + 1}: {contestant.name}")
             step, batch = steps[contestant], batches[round_ % len(batches)]
-            result.seconds[contestant].append(rank.seconds(lambda step=step, batch=batch: step(batch)))
+            seconds, cpu_seconds = rank.seconds_and_cpu_seconds(lambda step=step, batch=batch: step(batch))
+            result.seconds[contestant].append(seconds)
+            result.cpu_seconds[contestant].append(cpu_seconds)
             step.module.zero_grad()
     return result
 

@@ -70,12 +70,16 @@ class Rank:
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Measure some work that all ranks start together, on this rank."""
+        return self.seconds_and_cpu_seconds(work)[0]
+
+    def seconds_and_cpu_seconds(self, work: Callable[[], object]) -> tuple[float, float]:
+        """Measure the same, and how long processors worked for this rank meanwhile, in all of its threads."""
         dist.barrier()
         self.synchronize()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         work()
         self.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu_start
 
     def all_reduce_seconds(self, count: int, repeats: int) -> list[float]:
         """Measure a bare all-reduce of so many bytes, after one to warm up."""

@@ -57,11 +57,12 @@ def tabulate(link: str, measured: Measurement, arguments: argparse.Namespace) ->
             "÷ none",
             "÷ all-reduce",
             "PyTorch ÷ this",
+            "CPU ms",
             "sent",
         ],
         f"Medians of {len(measured.seconds[NO_EXCHANGE])} rounds. Differences from “no exchange” and ratios are taken"
-        " round by round; “PyTorch ÷ this” compares with PyTorch's hook at the same rank. Sent are the bytes that"
-        " each rank hands to all-reduce in a step, or with PowerGossip to its neighbours. A bare all-reduce went at"
+        " round by round; “PyTorch ÷ this” compares with PyTorch's hook at the same rank. CPU ms are those"
+        " that processors worked in a step, for all ranks together. Sent are the bytes that each rank hands to all-reduce in a step, or with PowerGossip to its neighbours. A bare all-reduce went at"
         f" {link_rate(measured, arguments.world_size):.3g} Gbit/s each way.",
     )
     for contestant, seconds in measured.seconds.items():
@@ -77,11 +78,12 @@ def tabulate(link: str, measured: Measurement, arguments: argparse.Namespace) ->
                 format_number(measured.ratio(contestant, NO_EXCHANGE).median),
                 format_number(measured.ratio(contestant, ALL_REDUCE).median),
                 format_number(measured.ratio(theirs, contestant).median) if comparable else "",
+                format_number(1e3 * spread(measured.cpu_seconds[contestant]).median),
                 format_bytes(measured.sent_bytes[contestant]),
             ]
         )
     for contestant in measured.failures:
-        table.rows.append([contestant.family_name, str(contestant.rank or ""), "failed", *[""] * 6])
+        table.rows.append([contestant.family_name, str(contestant.rank or ""), "failed", *[""] * 7])
     return table
 
 
@@ -103,6 +105,8 @@ def to_json(measured: Measurement, world_size: int) -> dict[str, Any]:
                 "rank": contestant.rank,
                 "seconds": seconds,
                 "seconds_spread": spread(seconds),
+                "cpu_seconds": measured.cpu_seconds[contestant],
+                "cpu_seconds_spread": spread(measured.cpu_seconds[contestant]),
                 "ratio_to_no_exchange": measured.ratio(contestant, NO_EXCHANGE),
                 "ratio_to_all_reduce": measured.ratio(contestant, ALL_REDUCE),
                 "sent_bytes": measured.sent_bytes[contestant],

@@ -26,7 +26,7 @@ def all_ranks_come(position: str, patience: timedelta, process_group: dist.Proce
         patience: how long the first rank waits for the others; these wait twice as long for its answer.
         process_group: the ranks; ``None`` is the default group.
     """
-    store = PrefixStore(f"lightning_powersgd/{_group(process_group).group_name}/{position}", _get_default_store())
+    store = _store_of(position, process_group)
     rank, others = dist.get_rank(process_group), range(1, dist.get_world_size(process_group))
     # The store is gone with the process that held it; whoever asks then is alone.
     with contextlib.suppress(RuntimeError):
@@ -43,6 +43,18 @@ def all_ranks_come(position: str, patience: timedelta, process_group: dist.Proce
         store.wait(["answer"], patience)
         return store.get("answer") == b"all"
     return False
+
+
+def forget_position(position: str, process_group: dist.ProcessGroup | None = None) -> None:
+    """Take out of the store what a question left there, for those that ask thousands of them.
+
+    Args:
+        position: of `all_ranks_come`, after which all ranks have come to another one. Only one rank may call this.
+        process_group: the ranks; ``None`` is the default group.
+    """
+    store = _store_of(position, process_group)
+    for key in ("answer", *map(str, range(1, dist.get_world_size(process_group)))):
+        store.delete_key(key)
 
 
 class Attendance:
@@ -67,6 +79,10 @@ class Attendance:
         came = moment is not None and all_ranks_come(position_of(moment, process_group), self._patience, process_group)
         self._patience = self._FIRST if came else self._ONCE_LOST
         return came
+
+
+def _store_of(position: str, process_group: dist.ProcessGroup | None) -> Store:
+    return PrefixStore(f"lightning_powersgd/{_group(process_group).group_name}/{position}", _get_default_store())
 
 
 def _came(store: Store, ranks: list[str], patience: timedelta) -> bool:

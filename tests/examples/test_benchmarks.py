@@ -110,7 +110,8 @@ def test_the_steps_are_counted_and_paired(printed, output_dir):
     # Over the one link of two ranks goes one of two factors.
     assert exchanges["PowerGossip, rank 2"]["sent_bytes"] == exchanges["PowerSGD alternating, rank 2"]["sent_bytes"]
     assert exchanges["PowerGossip, rank 2"]["all_reduces"] == 0
-    assert all(len(exchange["seconds"]) == 3 for exchange in exchanges.values())
+    assert all(len(exchange[kind]) == 3 for exchange in exchanges.values() for kind in ("seconds", "cpu_seconds"))
+    assert all(min(exchange["cpu_seconds"]) > 0 for exchange in exchanges.values())
     assert exchanges["no exchange"]["ratio_to_no_exchange"] == {"median": 1, "low": 1, "high": 1}
 
 
