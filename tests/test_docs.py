@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
+
+from models import Classifier, loader
 
 import lightning_powersgd
 from lightning_powersgd import make_topology
@@ -11,6 +14,16 @@ from lightning_powersgd.exchange.topology import ALL, TOPOLOGIES
 
 DOCS = Path(__file__).parents[1] / "docs"
 GOSSIP = (DOCS / "gossip.md").read_text()
+
+
+def test_the_example_of_the_energy_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": Classifier(), "data": loader(16)}
+    example = re.findall(r"^```python\n(.*?)^```$", (DOCS / "energy.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(example, names)
+    assert names["monitor"].steps == 2
 
 
 def quoted_messages() -> list[str]:

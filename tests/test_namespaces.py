@@ -58,6 +58,28 @@ def test_a_strategy_is_of_the_namespace_that_the_program_imports(namespace, stra
     )
 
 
+@pytest.mark.parametrize("namespace", TRAINERS)
+def test_the_energy_monitor_works_in_the_namespace_that_the_program_imports(namespace):
+    run(
+        """
+        early = package.EnergyMonitor
+        pl = importlib.import_module(sys.argv[1])
+        boring = importlib.import_module(sys.argv[1] + ".demos.boring_classes")
+        monitor = early(watts=100)
+        assert isinstance(monitor, pl.Callback) and isinstance(monitor, package.EnergyMonitor)
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = pl.Trainer(accelerator="cpu", devices=1, max_steps=3, callbacks=[monitor], **quiet)
+        trainer.fit(boring.BoringModel())
+        assert (monitor.steps, monitor.samples) == (3, 3) and monitor.cpu_seconds > 0
+        assert abs(monitor.estimated_joules - 100 * monitor.seconds) < 1e-9
+        others = [other for other in loaded() if other.partition(".")[0] != sys.argv[1].partition(".")[0]
+                  and other != "lightning_fabric"]
+        assert not others, others
+        """,
+        namespace,
+    )
+
+
 @pytest.mark.parametrize("namespace", FABRICS)
 def test_fabrics_strategy_is_of_the_namespace_that_the_program_imports(namespace):
     run(

@@ -33,7 +33,7 @@ _NAN = math.nan
 _JOULES = ("joules", "estimated_joules")
 _AMOUNTS = ("seconds", "cpu_seconds", "steps", "samples", *_JOULES)
 
-# Counters of GPUs tick some ten times a second: ten seconds are known to about a hundredth.
+# Counters of GPUs tick about ten times a second: ten seconds are known to a hundredth.
 _SHORTEST_WINDOW = 10.0
 
 
@@ -137,8 +137,8 @@ class EnergyMonitor(Joined, Callback):
         _require_number("window", window, "Give the seconds between two readings, 10 or more.")
         if window < _SHORTEST_WINDOW:
             raise ValueError(
-                f"`window={window}` is below {_SHORTEST_WINDOW:g} seconds, too short for counters that tick ten times a"
-                " second. Use 10 or more."
+                f"`window={window}` is below {_SHORTEST_WINDOW:g} seconds, too short for counters that move in ticks."
+                " Use 10 or more."
             )
         if batch_size is not None:
             require_int("batch_size", batch_size, minimum=1, remedy="Give the samples in a rank's batch, or None.")

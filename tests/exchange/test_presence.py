@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from lightning_powersgd.exchange.presence import all_ranks_come, position_of
+from lightning_powersgd.exchange.presence import all_ranks_come, forget_position, position_of
 
 
 def test_all_ranks_that_come_hear_so(four_ranks):
@@ -54,3 +54,23 @@ def _ask_in_pairs() -> bool | None:
         answer = all_ranks_come(position_of("step 7", group), timedelta(seconds=1), group)
     dist.barrier()
     return answer
+
+
+def test_what_was_asked_before_can_be_forgotten(two_ranks):
+    # The answer, and the word of rank 1.
+    assert two_ranks.run(_forget) == [(2, 2, True)] * 2
+
+
+def _forget() -> tuple[int, int, bool]:
+    store, patience = dist.distributed_c10d._get_default_store(), timedelta(seconds=60)
+    counts = []
+    dist.barrier()
+    before = store.num_keys()
+    for position in ("forgotten", "kept"):
+        dist.barrier()
+        assert all_ranks_come(position, patience)
+        if position == "kept" and dist.get_rank() == 0:
+            forget_position("forgotten")
+        dist.barrier()
+        counts.append(store.num_keys() - before)
+    return counts[0], counts[1], all_ranks_come("kept", patience)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import math
 import types
 import warnings
@@ -18,7 +19,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from models import Classifier, loader, messages, trainer
-from strategies.test_powersgd import read_csv
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MetricCollection
 
@@ -270,7 +270,12 @@ def energies(run: Trainer) -> dict[str, float]:
     return {name.removeprefix("energy/"): float(value) for name, value in logged if name.startswith("energy/")}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "powersgd"])
+def rows_of(root: Path) -> list[dict[str, str]]:
+    with (root / "csv" / "metrics.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["energy/joules_per_step"]]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "powersgd", "powergossip"])
 def test_figures_of_two_ranks_are_exact_and_a_machine_is_counted_once(fit, strategy, tmp_path):
     results = fit(_two_ranks, strategy)
     # A step is 3 J of the processors, and 16 J and 32 J of the GPUs; 4 s, 2 s of a processor each; 8 samples each.
@@ -284,20 +289,58 @@ def test_figures_of_two_ranks_are_exact_and_a_machine_is_counted_once(fit, strat
     source = "joules of 2 GPUs (NVML) and the processors of 1 machine (powercap)"
     assert results == [(expected, totals, source)] * 2
     # Ten seconds are three steps; the first reading after one says so.
-    rows = [row for row in read_csv(tmp_path) if row["energy/joules_per_step"]]
+    rows = rows_of(tmp_path)
     assert [(row["step"], float(row["energy/joules_per_step"])) for row in rows] == [("2", 51), ("5", 51), ("8", 51)]
 
 
 def _two_ranks(root: str, strategy: str) -> tuple[dict[str, float], dict[str, Any], str]:
     monitor = EnergyMonitor()
     machine = Machine(gpu=16.0 * (1 + dist.get_rank()))
-    run = run_fit(root, machine, monitor, strategy, logger=CSVLogger(root, "csv", version=""))
+    logger, alike = CSVLogger(root, "csv", version=""), strategy != "powergossip"
+    run = run_fit(root, machine, monitor, strategy, logger=logger, alike=alike)
     return energies(run), totals_of(monitor), monitor.source
 
 
 def totals_of(monitor: EnergyMonitor) -> dict[str, Any]:
     names = ("joules", "estimated_joules", "seconds", "cpu_seconds", "steps", "samples")
     return {name: getattr(monitor, name) for name in names}
+
+
+class Powercap(Machine):
+    """A machine whose processors have a counter in files: 3 joules a step, and soon round."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder / "intel-rapl:0"
+        if pool_rank() == 0:
+            self.folder.mkdir(parents=True)
+            (self.folder / "name").write_text("package-0\n")
+            (self.folder / "max_energy_range_uj").write_text("10000000\n")
+            self.write()
+        dist.barrier()
+
+    def pass_by(self, seconds: float) -> None:
+        super().pass_by(seconds)
+        if pool_rank() == 0:
+            self.write()
+
+    def write(self) -> None:
+        energy = 9_500_000 + self.seconds / 4 * 3_000_000
+        (self.folder / "energy_uj").write_text(f"{int(energy) % 10_000_000}\n")
+
+    find = staticmethod(energy.find_counters)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "powersgd"])
+def test_a_counter_in_files_that_goes_round_comes_out_exactly(fit, strategy):
+    assert fit(_powercap, strategy) == [(3, 3 / 16, 30)] * 2
+
+
+def _powercap(root: str, strategy: str) -> tuple[float, float, float | None]:
+    folder = Path(root) / "powercap"
+    monitor = EnergyMonitor(powercap=folder)
+    logged = energies(run_fit(root, Powercap(folder), monitor, strategy))
+    return logged["joules_per_step"], logged["joules_per_sample"], monitor.joules
 
 
 def test_a_window_takes_one_collective(fit):
@@ -317,7 +360,7 @@ def _count_collectives(root: str) -> tuple[int, int]:
 
 def test_a_reading_waits_for_the_loggers_and_for_the_end_of_accumulation(fit, tmp_path):
     assert fit(_accumulate) == [(8, 128)] * 2
-    rows = [row for row in read_csv(tmp_path) if row["energy/joules_per_step"]]
+    rows = rows_of(tmp_path)
     assert [(row["step"], row["energy/joules_per_sample"]) for row in rows] == [("3", "0.1875"), ("7", "0.1875")]
 
 
