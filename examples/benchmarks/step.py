@@ -62,8 +62,8 @@ def tabulate(link: str, measured: Measurement, arguments: argparse.Namespace) ->
         ],
         f"Medians of {len(measured.seconds[NO_EXCHANGE])} rounds. Differences from “no exchange” and ratios are taken"
         " round by round; “PyTorch ÷ this” compares with PyTorch's hook at the same rank. “CPU ms” is processor time"
-        " of all ranks together. Sent are the bytes that each rank hands to all-reduce in a step, or with PowerGossip to"
-        " its neighbours. A bare all-reduce went at"
+        " of all ranks together. Sent are the bytes that each rank hands to all-reduce in a step, or with PowerGossip"
+        " to its neighbours. A bare all-reduce went at"
         f" {link_rate(measured, arguments.world_size):.3g} Gbit/s each way.",
     )
     for contestant, seconds in measured.seconds.items():
