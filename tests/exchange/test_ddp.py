@@ -18,85 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as pytorch_powersgd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import RESUME_CONFIGS, resumes_bitwise, train, worst_deviation
 
 from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState, attach_powersgd
 from lightning_powersgd.exchange.ddp import DDPBuckets, powersgd_hook
-
-STEPS = 50
-
-
-def train(
-    steps: int = STEPS,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    bucket_cap_mb: float | None = None,
-    ddp: dict[str, Any] | None = None,
-    **config: Any,
-) -> dict[str, Any]:
-    """Train a small net; give the state before every step, and this rank's gradients before and after the exchange."""
-    model, exchange = attach(make_net(dtype).to(device), bucket_cap_mb, ddp, **config)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    before, local, averaged, sent = [], [], [], []
-    for x, y in make_batches(steps):
-        x, y = x.to(device, dtype), y.to(device)
-        before.append(copy.deepcopy(exchange.state.state_dict()))
-        twin = copy.deepcopy(model.module)
-        twin.zero_grad()
-        F.cross_entropy(twin(x), y).backward()
-        optimizer.zero_grad()
-        with counted_all_reduce() as bytes_sent:
-            F.cross_entropy(model(x), y).backward()
-        local.append(gradients(twin))
-        averaged.append(gradients(model.module))
-        sent.append((sum(bytes_sent), exchange.state.sent_bytes, len(bytes_sent)))
-        optimizer.step()
-    return {
-        "before": before,
-        "local": local,
-        "averaged": averaged,
-        "sent": sent,
-        "equal": gather_equal(list(model.parameters())),
-        "groups": len(exchange.state.plan.groups),
-        "dense": exchange.state.dense_bytes,
-        "parameters": {name: p.detach().cpu().clone() for name, p in model.module.named_parameters()},
-    }
-
-
-def worst_deviation(results: list[dict[str, Any]], *, resynchronise: bool, alternate: bool, **config: Any) -> float:
-    """Give the largest relative deviation of any parameter's averaged gradient from the float64 reference, at any step.
-
-    Args:
-        results: of `train`, by rank.
-        resynchronise: give the reference the errors and factors of the run before every step, instead of its own.
-        alternate: as in the run.
-        config: as in the run.
-    """
-    state = PowerSGDState(
-        make_net().named_parameters(), PowerSGDConfig(**{"rank": 2, "alternate": alternate, **config})
-    )
-    references = {
-        slot.name: Reference(lambda side, slot=slot: state.first_factor(slot, side).T, len(results), alternate)
-        for slot in state.plan.compressed
-    }
-    assert len(references) >= 3, "nothing compressed, nothing compared"
-    worst = 0.0
-    for step in range(len(results[0]["local"])):
-        for name, averaged in results[0]["averaged"][step].items():
-            local = [result["local"][step][name] for result in results]
-            exact = torch.stack([g.double() for g in local]).mean(dim=0)
-            if reference := references.get(name):
-                if resynchronise:
-                    saved = [result["before"][step]["parameters"][name] for result in results]
-                    reference.e = [entry["error"].double().flatten(1) for entry in saved]
-                    reference.Q = saved[0]["factors"]["right"].double().T
-                    if alternate:
-                        reference.P = saved[0]["factors"]["left"].double().T
-                expected = reference(local).reshape(averaged.shape)
-            else:
-                expected = exact
-            worst = max(worst, float((averaged.double() - expected).norm() / exact.norm()))
-    return worst
-
 
 # The trajectory amplifies rounding: wherever two singular values lie close, the last bit decides which direction is
 # sent first, and the error feedback remembers it. Over 50 steps of these noisy gradients a difference of 1e-7 grows to
@@ -401,57 +326,12 @@ def _first_steps_equal_ddp(start_step: int) -> bool:
     return equal == [True] * start_step + [False]
 
 
-RESUME_CONFIGS = [
-    {"rank": 1},
-    {"rank": 2},
-    {"rank": 4, "alternate": True},
-    {"rank": 8},
-    {"error_dtype": "bfloat16"},
-    {"comm_dtype": "bfloat16", "alternate": True},
-    {"comm_dtype": "int8"},
-    {"comm_dtype": "int4", "alternate": True},
-    {"comm_dtype": {"P": "int4", "Q": "int8"}},
-    {"warm_start": False},
-]
-
-
 @pytest.mark.lost_by_pytorchs_hook("resume: state of other parameters, without an error")
 @pytest.mark.parametrize("config", RESUME_CONFIGS, ids=str)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(four_ranks, config):
     # At four ranks, where the order of summation matters, and with an odd bias that misaligns what follows it in a
     # bucket.
-    assert all(four_ranks.run(_resumes_bitwise, config))
-
-
-def _resumes_bitwise(config: dict[str, Any]) -> bool:
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(33, 51), nn.Tanh(), nn.Linear(51, 37), nn.Tanh(), nn.Linear(37, 11))
-
-    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> None:
-        for x in batches:
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-
-    def fresh() -> Any:
-        model, exchange = attach(make(), bucket_cap_mb=0.004, **config)
-        return model, exchange, torch.optim.AdamW(model.parameters(), lr=0.01)
-
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    batches = list(torch.randn(12, 8, 33, generator=generator).unbind())
-    model, exchange, optimizer = fresh()
-    steps(model, optimizer, batches[:5])
-    exchange.average_errors()
-    saved = copy.deepcopy((model.state_dict(), exchange.state.state_dict(), optimizer.state_dict()))
-    steps(model, optimizer, batches[5:])
-
-    resumed, new_exchange, new_optimizer = fresh()
-    resumed.load_state_dict(saved[0])
-    assert not new_exchange.state.load_state_dict(saved[1])
-    new_optimizer.load_state_dict(saved[2])
-    steps(resumed, new_optimizer, batches[5:])
-    return all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+    assert all(four_ranks.run(resumes_bitwise, config))
 
 
 @pytest.mark.lost_by_pytorchs_hook("a checkpoint loses the errors of all ranks but one")
@@ -746,19 +626,6 @@ def test_buckets_do_not_change_a_single_bit(two_ranks):
     found = two_ranks.run(train, steps=10, rank=1, bucket_cap_mb=1e-6)
     expected = two_ranks.run(train, steps=10, rank=1)
     assert all(torch.equal(found[0]["parameters"][name], p) for name, p in expected[0]["parameters"].items())
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU; one is enough, since gloo serves two ranks on it"
-)
-@pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
-def test_gradients_on_a_gpu_are_those_on_a_cpu(two_ranks, alternate):
-    found = two_ranks.run(train, steps=5, device="cuda", bucket_cap_mb=0.01, alternate=alternate)
-    expected = two_ranks.run(train, steps=5, bucket_cap_mb=0.01, alternate=alternate)
-    assert all(result["equal"] for result in found)
-    for a, b in zip(found[0]["averaged"], expected[0]["averaged"], strict=True):
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-3)
 
 
 def test_channels_last_gives_the_same_run(two_ranks):
