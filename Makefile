@@ -4,7 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo notebooks test lint types unit docs clean
+# Where an NVIDIA driver shows itself. Without one `make gpu` says what it skips, and installs nothing.
+NVIDIA := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg /proc/driver/nvidia/version)
+# torch comes from here in `make gpu`: PyPI's CUDA build, or another one for an older driver, such as that of
+# https://download.pytorch.org/whl/cu126. Its version is that of constraints.txt, as are all others.
+GPU_INDEX ?= https://pypi.org/simple
+GPU_VENV := $(if $(NVIDIA),.venv-gpu,$(VENV))
+
+.PHONY: demo notebooks test lint types unit docs gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/compare.py
@@ -31,10 +38,21 @@ unit: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build
 
+# Tests and benchmarks that need a GPU, into gpu_results/: 20 minutes at most, once the environment is there.
+gpu: $(GPU_VENV)/.installed
+	$(GPU_VENV)/bin/python examples/benchmarks/gpu.py
+
+# The CUDA build of torch, whatever pip is set to for the CPU's.
+.venv-gpu/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip --isolated install --constraint constraints.txt --index-url $(GPU_INDEX) --extra-index-url https://pypi.org/simple torch
+	.venv-gpu/bin/pip install --quiet --constraint constraints.txt --editable '.[tests]'
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[examples,tests,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build docs/jupyter_execute docs/notebooks demo_results
+	rm -rf $(VENV) .venv-gpu build dist docs/_build docs/jupyter_execute docs/notebooks demo_results gpu_results

@@ -20,6 +20,17 @@ settings.register_profile("search", deadline=None, database=None, max_examples=2
 settings.load_profile("fixed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(
+            reason="needs a GPU, of which `make gpu` makes use, and torch finds no CUDA device here"
+        )
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

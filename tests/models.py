@@ -97,6 +97,8 @@ def trainer(strategy: Any = "powersgd", *, root: str | Path, alike: bool = True,
         strategy = PowerSGDStrategy(rank=2, find_unused_parameters="find_unused" in strategy)
     callbacks = [*kwargs.pop("callbacks", []), *([ReplicasAgree()] if alike else [])]
     defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": dist.get_world_size(),
         "max_epochs": 2,
         "callbacks": callbacks,
         "logger": False,
@@ -106,13 +108,7 @@ def trainer(strategy: Any = "powersgd", *, root: str | Path, alike: bool = True,
         "num_sanity_val_steps": 0,
         "deterministic": True,
     }
-    return Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        default_root_dir=root,
-        **{**defaults, **kwargs},
-    )
+    return Trainer(strategy=strategy, default_root_dir=root, **{**defaults, **kwargs})
 
 
 def replicas_agree(module: nn.Module) -> bool:

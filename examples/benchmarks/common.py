@@ -104,22 +104,27 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, quick: dict[str, Any]) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, quick: dict[str, Any], on_gpu: dict[str, Any] | None = None
+) -> argparse.Namespace:
     """Parse the command line.
 
     Args:
         parser: from `make_parser`.
         quick: the defaults that ``--quick`` replaces.
+        on_gpu: the defaults that ``--device cuda`` replaces, also those of ``--quick``.
     """
     arguments = parser.parse_args()
-    if arguments.quick:
-        parser.set_defaults(**quick)
-        arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error(
             "--device cuda: torch finds no CUDA device. Use --device cpu, or run this on a machine with an NVIDIA GPU,"
             " its driver and a CUDA build of torch."
         )
+    if arguments.quick:
+        parser.set_defaults(**quick)
+    if arguments.device == "cuda":
+        parser.set_defaults(**(on_gpu or {}))
+    arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     return arguments
 

@@ -32,6 +32,7 @@ from common import (
     progress_bar,
 )
 from network import LINKS, emulated_network
+from probes import Probe, probe_step, timed_hooks
 from processes import Rank, run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
@@ -43,9 +44,19 @@ if TYPE_CHECKING:
     from lightning_powersgd import GossipExchange, PowerSGDConfig
 
 Family = Literal[
-    "no exchange", "all-reduce", "fp16 hook", "bf16 hook", "PyTorch's hook", "full", "alternating", "PowerGossip"
+    "no exchange",
+    "all-reduce",
+    "fp16 hook",
+    "bf16 hook",
+    "PyTorch's hook",
+    "PyTorch's hook, batched",
+    "full",
+    "alternating",
+    "PowerGossip",
 ]
 OURS: tuple[Family, ...] = ("full", "alternating")
+# Batched: with `batch_tensors_with_same_shape=True`, which saves launches on a GPU.
+BATCHED: Family = "PyTorch's hook, batched"
 POWERSGD: tuple[Family, ...] = ("PyTorch's hook", *OURS)
 
 # Colour, line and marker in plots.
@@ -55,6 +66,7 @@ STYLES: dict[Family, tuple[str, str, str]] = {
     "fp16 hook": (GREEN, "-.", ""),
     "bf16 hook": (PURPLE, ":", ""),
     "PyTorch's hook": (ORANGE, "--", "s"),
+    BATCHED: (ORANGE, ":", "D"),
     "full": (BLUE, "-", "o"),
     "alternating": (SKY, "-", "^"),
     "PowerGossip": (AMBER, "-", "v"),
@@ -102,12 +114,10 @@ class Contestant:
 
     def wrap(self, module: nn.Module) -> DistributedDataParallel:
         """Wrap a replica in DDP, with what averages its gradients attached."""
-        if self.family == "PyTorch's hook":
-            # All gradients in one bucket: with more than one, gloo aborts or hangs, since PyTorch's hook issues
-            # collectives from the callbacks of futures, whose order differs between ranks.
-            size = sum(parameter.nbytes for parameter in module.parameters())
-            ddp = DistributedDataParallel(module, bucket_cap_mb=math.ceil(size / 2**20) + 1)
-            ddp.register_comm_hook(torch_powersgd_state(self.rank), powerSGD_hook.powerSGD_hook)
+        if self.family in ("PyTorch's hook", BATCHED):
+            batched = self.family == BATCHED
+            ddp = DistributedDataParallel(module, bucket_cap_mb=_bucket_megabytes(module, batched))
+            ddp.register_comm_hook(torch_powersgd_state(self.rank, batched), powerSGD_hook.powerSGD_hook)
             return ddp
         ddp = DistributedDataParallel(module)
         if self.family in OURS:
@@ -140,9 +150,10 @@ ALL_REDUCE = Contestant("all-reduce")
 BF16_HOOK = Contestant("bf16 hook")
 
 
-def powersgd_contestants(ranks: Sequence[int]) -> list[Contestant]:
-    """Give PyTorch's hook and both ways of this package, at each rank."""
-    return [Contestant(family, rank) for rank in ranks for family in POWERSGD]
+def powersgd_contestants(ranks: Sequence[int], device: str = "cpu") -> list[Contestant]:
+    """Give PyTorch's hook (on a GPU also batched) and both ways of this package, at each rank."""
+    families = (BATCHED, *POWERSGD) if device == "cuda" else POWERSGD
+    return [Contestant(family, rank) for rank in ranks for family in families]
 
 
 def gossip_contestants(ranks: Sequence[int]) -> list[Contestant]:
@@ -182,17 +193,36 @@ class Step:
     gossip: "GossipExchange | None" = None
 
     def __call__(self, batch: Tensor) -> None:
-        """Go forward and backward, and exchange."""
-        self.module(batch).square().mean().backward()
+        """Go forward and backward, and exchange. A GPU computes in bfloat16, its gradients are float32."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=batch.is_cuda):
+            loss = self.module(batch).square().mean()
+        loss.backward()
         if self.afterwards is not None:
             self.afterwards()
 
 
-def torch_powersgd_state(rank: int) -> powerSGD_hook.PowerSGDState:
+def torch_powersgd_state(rank: int, batched: bool = False) -> powerSGD_hook.PowerSGDState:
     """Make the state of PyTorch's hook: compression from the third step on, the first that it allows."""
     return powerSGD_hook.PowerSGDState(
-        process_group=None, matrix_approximation_rank=rank, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8
+        process_group=None,
+        matrix_approximation_rank=rank,
+        start_powerSGD_iter=2,
+        orthogonalization_epsilon=1e-8,
+        batch_tensors_with_same_shape=batched,
     )
+
+
+def _bucket_megabytes(module: nn.Module, batched: bool) -> float:
+    """Give the size of DDP's buckets that is best for PyTorch's hook.
+
+    All gradients in one bucket, where gloo averages them: with more than one it aborts or hangs, since PyTorch's hook
+    issues collectives from the callbacks of futures, whose order differs between ranks. Also where matrices of one
+    shape are batched, as PyTorch advises. Otherwise DDP's default, so that collectives overlap with the backward pass.
+    """
+    parameters = list(module.parameters())
+    if parameters[0].is_cuda and dist.get_backend() != "gloo" and not batched:
+        return 25
+    return math.ceil(sum(parameter.nbytes for parameter in parameters) / 2**20) + 1
 
 
 # DDP checks the types of a hook's arguments and result, which is why this file does not postpone annotations.
@@ -215,6 +245,7 @@ class Measurement:
         collectives: all-reduces of a step, by contestant.
         failures: why a contestant could not be measured.
         bare_seconds: of a bare all-reduce of some bytes over the same link, several times, by bytes.
+        probes: what a step asks of a GPU, by contestant; empty on a CPU.
     """
 
     seconds: dict[Contestant, list[float]] = field(default_factory=dict)
@@ -223,6 +254,7 @@ class Measurement:
     collectives: dict[Contestant, float] = field(default_factory=dict)
     failures: dict[Contestant, str] = field(default_factory=dict)
     bare_seconds: dict[int, list[float]] = field(default_factory=dict)
+    probes: dict[Contestant, Probe] = field(default_factory=dict)
 
     def added(self, contestant: Contestant) -> float:
         """Give the seconds that an exchange adds to a step without one: the median of the rounds' differences."""
@@ -294,11 +326,17 @@ def _measure_steps(
     original = network.build(rank.device)
     batches = [network.draw(rank.device, seed=10 * number + rank.number) for number in range(4)]
     steps: dict[Contestant, Step] = {}
+    on_gpu = rank.device.type == "cuda"
+    hooks: dict[Contestant, list[float]] = {}
+    held: dict[Contestant, int] = {}
     for contestant in contestants:
         rank.report(f"warming up: {contestant.name}")
         failure = ""
+        before = torch.cuda.memory_allocated(rank.device) if on_gpu else 0
         try:
-            steps[contestant] = _warmed_up(contestant, replica(original), batches, result)
+            with timed_hooks() if on_gpu else contextlib.nullcontext([]) as hooks[contestant]:
+                steps[contestant] = _warmed_up(contestant, replica(original), batches, result)
+            held[contestant] = torch.cuda.memory_allocated(rank.device) - before if on_gpu else 0
         except (RuntimeError, TypeError) as error:
             failure = str(error).strip().splitlines()[0]
         failures = [failure] * dist.get_world_size()
@@ -324,6 +362,11 @@ def _measure_steps(
             result.seconds[contestant].append(seconds)
             result.cpu_seconds[contestant].append(cpu_seconds)
             step.module.zero_grad()
+    for contestant, step in steps.items() if on_gpu else ():
+        rank.report(f"looking at: {contestant.name}")
+        result.probes[contestant] = probe_step(
+            lambda step=step: step(batches[0]), step.module, hooks[contestant], held[contestant], rank.device
+        )
     return result
 
 

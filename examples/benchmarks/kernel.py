@@ -27,7 +27,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ import common
 import numpy as np
 import torch
 from common import ResultTable, format_number, paired_ratio, positive, spread
-from contestants import OURS, POWERSGD, STYLES, WARM_UP_STEPS, Contestant, Family, torch_powersgd_state
+from contestants import BATCHED, OURS, POWERSGD, STYLES, WARM_UP_STEPS, Contestant, Family, torch_powersgd_state
 from matplotlib.figure import Figure
+from probes import Probe, probe_work
 from processes import pretend_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
@@ -99,6 +100,7 @@ class Sampled:
         unit_bytes: of one of them.
         seconds: of whole steps, by family.
         limits: of the passes alone, by the family that needs them.
+        probes: what a step asks of a GPU, by family; empty on a CPU.
     """
 
     shape: str
@@ -107,6 +109,7 @@ class Sampled:
     unit_bytes: int
     seconds: dict[Family, list[float]]
     limits: dict[Family, list[float]]
+    probes: dict[Family, Probe] = field(default_factory=dict)
 
     @property
     def gigabytes_per_second(self) -> dict[Family, float]:
@@ -146,7 +149,7 @@ class WorkingSet:
         self._errors = [torch.zeros_like(bucket.buffer()) for bucket in self.buckets]
         self._source = torch.randn(max(bucket.buffer().numel() for bucket in self.buckets)).to(device)
         self._evict = torch.zeros(2 * cache // 4, device=device)
-        self._device = device
+        self.device = device
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Measure some work on fresh gradients."""
@@ -159,6 +162,16 @@ class WorkingSet:
         work()
         self._synchronize()
         return time.perf_counter() - start
+
+    def probe(self, work: Callable[[], None]) -> Probe:
+        """Look at what a step asks of the device, and of the host before it waits for the device."""
+        found = probe_work(work, self.device)
+        self._synchronize()
+        start = time.perf_counter()
+        work()
+        found.host_seconds = time.perf_counter() - start
+        self._synchronize()
+        return found
 
     def step(self, hook: Callable[[Any], torch.futures.Future[Tensor]]) -> None:
         """Hand all buckets to a hook and wait for the averages."""
@@ -179,8 +192,8 @@ class WorkingSet:
                 piece.fill_(1.0)
 
     def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def measure(name: str, rank: int, working_set: WorkingSet, repeats: int) -> Sampled:
@@ -189,12 +202,13 @@ def measure(name: str, rank: int, working_set: WorkingSet, repeats: int) -> Samp
     from lightning_powersgd import GradientExchange, PowerSGDState
     from lightning_powersgd.exchange.ddp import DDPBuckets
 
-    theirs = torch_powersgd_state(rank)
     named = [(str(index), parameter) for index, parameter in enumerate(working_set.parameters)]
     work: dict[tuple[str, Family], Callable[[], None]] = {
-        ("hook", "bf16 hook"): lambda: working_set.step(lambda bucket: bf16_hook(None, bucket)),
-        ("hook", "PyTorch's hook"): lambda: working_set.step(lambda bucket: powerSGD_hook(theirs, bucket)),
+        ("hook", "bf16 hook"): lambda: working_set.step(lambda bucket: bf16_hook(None, bucket))
     }
+    for family in ("PyTorch's hook", BATCHED) if working_set.device.type == "cuda" else ("PyTorch's hook",):
+        theirs = torch_powersgd_state(rank, batched=family == BATCHED)
+        work["hook", family] = lambda theirs=theirs: working_set.step(lambda bucket: powerSGD_hook(theirs, bucket))
     for family in OURS:
         buckets = DDPBuckets(GradientExchange(PowerSGDState(named, Contestant(family, rank).config(), BUCKET_BYTES)))
         work["hook", family] = lambda buckets=buckets: working_set.step(buckets.reduce)
@@ -211,7 +225,10 @@ def measure(name: str, rank: int, working_set: WorkingSet, repeats: int) -> Samp
         for key in order:
             samples[key].append(working_set.seconds(work[key]))
     seconds, limits = ({family: samples[k, family] for k, family in work if k == kind} for kind in ("hook", "limit"))
-    return Sampled(name, rank, working_set.units, working_set.unit_bytes, seconds, limits)
+    sampled = Sampled(name, rank, working_set.units, working_set.unit_bytes, seconds, limits)
+    if working_set.device.type == "cuda":
+        sampled.probes = {family: working_set.probe(task) for (kind, family), task in work.items() if kind == "hook"}
+    return sampled
 
 
 def worth_compressing(shapes: tuple[Shape, ...], rank: int) -> bool:
@@ -255,6 +272,25 @@ def tabulate(results: list[Sampled], size: int, threads: int) -> ResultTable:
     return table
 
 
+def tabulate_device(results: list[Sampled]) -> ResultTable:
+    """Lay side by side what steps ask of a GPU."""
+    table = ResultTable(
+        "What a step asks of the GPU",
+        ["matrix, exchange", "rank", "ms", "full ÷ this", "launches", "host ms", "device ms"],
+        "All for one matrix (or the 200 layers). Launches are kernels, copies and fills, device ms what they take"
+        " together, and host ms what the host does before it waits for the device.",
+    )
+    for result in results:
+        for family, probe in result.probes.items():
+            seconds = result.seconds[family]
+            cells = [result.milliseconds(seconds), paired_ratio(result.seconds["full"], seconds).median]
+            asked = [probe.launches, 1e3 * probe.host_seconds, 1e3 * probe.device_seconds]
+            cells += [value / result.units for value in asked]
+            name = f"{result.shape}, {Contestant(family).family_name}"
+            table.rows.append([name, str(result.rank), *(format_number(value) for value in cells)])
+    return table
+
+
 def draw(results: list[Sampled]) -> Figure:
     """Draw the multiples of the limit by shape, one panel a rank."""
     ranks = sorted({result.rank for result in results})
@@ -288,6 +324,12 @@ def draw(results: list[Sampled]) -> Figure:
     return figure
 
 
+def _to_json(result: Sampled) -> dict[str, Any]:
+    content = dict(vars(result))
+    probes = content.pop("probes")
+    return content | ({"probes": {family: vars(probe) for family, probe in probes.items()}} if probes else {})
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = common.make_parser("Time compression and decompression alone, without communication.")
@@ -305,7 +347,7 @@ def main() -> None:
     size = arguments.working_set * 2**20 if arguments.working_set else max(4 * cache, 256 * 2**20)
 
     results = []
-    with common.progress_bar() as progress, pretend_ranks(2):
+    with common.progress_bar() as progress, pretend_ranks(2, device):
         task = progress.add_task("", total=len(arguments.shapes) * len(arguments.ranks))
         for name in arguments.shapes:
             working_set = WorkingSet(SHAPES[name], size, device, cache)
@@ -322,8 +364,8 @@ def main() -> None:
         "kernel",
         "Compression and decompression alone",
         arguments,
-        [tabulate(results, size, arguments.threads)],
-        {"cache_bytes": cache, "working_set_bytes": size, "results": [vars(result) for result in results]},
+        [tabulate(results, size, arguments.threads), *([tabulate_device(results)] if device.type == "cuda" else [])],
+        {"cache_bytes": cache, "working_set_bytes": size, "results": [_to_json(result) for result in results]},
         draw(results),
     )
 

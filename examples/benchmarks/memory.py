@@ -130,21 +130,22 @@ def main() -> None:
     parser.add_argument("--models", choices=tuple(NETWORKS), nargs="+", default=["transformer", "resnet18"])
     parser.add_argument("--ranks", type=positive, nargs="+", default=[4], help="PowerSGD's ranks")
     arguments = common.parse(parser, quick={"models": ["tiny"], "ranks": [2]})
+    device = torch.device(arguments.device)
     # The profiler's library else writes a line whenever it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     torch.set_num_threads(1)
 
     contestants = [ALL_REDUCE, BF16_HOOK]
     for rank in arguments.ranks:
-        contestants += [*powersgd_contestants([rank]), Contestant("full", rank, torch.bfloat16)]
+        contestants += [*powersgd_contestants([rank], arguments.device), Contestant("full", rank, torch.bfloat16)]
     results: dict[Network, dict[Contestant, Usage]] = {}
-    with common.progress_bar() as progress, pretend_ranks(2):
+    with common.progress_bar() as progress, pretend_ranks(2, device):
         task = progress.add_task("", total=len(arguments.models) * len(contestants))
         for network in (NETWORKS[name] for name in arguments.models):
             results[network] = {}
             for contestant in contestants:
                 progress.update(task, description=f"{network.name}, {contestant.name}")
-                results[network][contestant] = measure(network, contestant, torch.device(arguments.device))
+                results[network][contestant] = measure(network, contestant, device)
                 progress.advance(task)
     data = [
         {

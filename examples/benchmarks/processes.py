@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import Work, _create_work_from_future
 from torch.futures import Future
 
 _TIMEOUT = timedelta(minutes=3)
+_CPU = torch.device("cpu")
 
 
 class RankError(RuntimeError):
@@ -102,7 +103,8 @@ def run_ranks(
         function: a function of a module, which other processes can import.
         args: its arguments after the `Rank`.
         world_size: number of ranks.
-        device: "cpu", or "cuda" for the GPUs in turn: NCCL where there is one for each rank, gloo where they share.
+        device: "cpu", or "cuda" for the GPUs in turn: NCCL where there is one for each rank, gloo where they share. A
+            single rank on a GPU is one of two, whose other one sends nothing (see `pretend_ranks`).
         on_progress: is called with what rank 0 reports.
         namespaces: of the emulated network, by rank; ``None`` for loopback.
         megabits: per second, of the emulated links.
@@ -171,29 +173,57 @@ def _serve(
             # NCCL would else find out that the ranks share a machine, and leave the network alone.
             os.environ |= {"GLOO_SOCKET_IFNAME": INTERFACE, "NCCL_SOCKET_IFNAME": INTERFACE, "NCCL_IB_DISABLE": "1"}
             os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
-        backend, place = "gloo", torch.device("cpu")
+        place = _CPU
         if device == "cuda":
             place = torch.device("cuda", number % torch.cuda.device_count())
             torch.cuda.set_device(place)
-            backend = "nccl" if world_size <= torch.cuda.device_count() else "gloo"
-        dist.init_process_group(
-            backend, store=dist.FileStore(store, world_size), rank=number, world_size=world_size, timeout=_TIMEOUT
-        )
-        try:
+        with _joined(number, world_size, place, store):
             result = function(Rank(number, place, megabits, connection), *args)
-        finally:
-            dist.destroy_process_group()
         connection.send(("result", result))
     except Exception:
         connection.send(("error", traceback.format_exc()))
 
 
-class _InstantGroup(dist.ProcessGroup):
-    """One rank of a group whose others send nothing and take no time."""
+@contextlib.contextmanager
+def _joined(number: int, world_size: int, place: torch.device, store: str) -> Iterator[None]:
+    """Make this process a rank of the group."""
+    if world_size == 1 and place.type == "cuda":
+        with pretend_ranks(2, place):
+            yield
+        return
+    backend = "nccl" if place.type == "cuda" and world_size <= torch.cuda.device_count() else "gloo"
+    dist.init_process_group(
+        backend, store=dist.FileStore(store, world_size), rank=number, world_size=world_size, timeout=_TIMEOUT
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
-    def allreduce(self, tensors: list[Tensor], opts: object = None) -> Work:
+
+class _InstantGroup(dist.ProcessGroup):
+    """One rank of a group whose others send nothing and take no time.
+
+    Args:
+        rank: of this process.
+        size: of the group.
+        alone: a real group of this rank alone that all-reduces are handed to, so that they cost what they cost without
+            a network; ``None``: they are done at once.
+    """
+
+    def __init__(self, rank: int, size: int, alone: Any = None) -> None:
+        super().__init__(rank, size)
+        self._alone = alone
+
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
         """Leave the tensors as they are."""
+        if self._alone is not None:
+            return self._alone.allreduce(tensors, opts or dist.AllreduceOptions())
         return self._done(tensors)
+
+    def barrier(self, opts: object = None) -> Work:
+        """Wait for nobody."""
+        return self._done([])
 
     def broadcast(self, tensors: list[Tensor], opts: object = None) -> Work:
         """Leave the tensors as they are."""
@@ -218,16 +248,25 @@ class _InstantGroup(dist.ProcessGroup):
 
 
 @contextlib.contextmanager
-def pretend_ranks(world_size: int) -> Iterator[None]:
-    """Make this process a rank of a group whose collectives complete at once and change nothing.
+def pretend_ranks(world_size: int, device: torch.device = _CPU) -> Iterator[None]:
+    """Make this process a rank of a group whose collectives change nothing.
+
+    On a CPU they complete at once. On a GPU all-reduces are NCCL's, among this rank alone: its calls, streams and
+    events, and no network.
 
     PyTorch has such a group, "fake", but its futures hold nothing, and PyTorch's PowerSGD hook needs what they hold.
     """
-    if "INSTANT" not in dist.Backend.__dict__:
-        dist.Backend.register_backend(
-            "instant", lambda _, rank, size, __: _InstantGroup(rank, size), devices=["cpu", "cuda"]
-        )
-    dist.init_process_group("instant", store=dist.HashStore(), rank=0, world_size=world_size)
+
+    def make(_: object, rank: int, size: int, __: object) -> dist.ProcessGroup:
+        alone = None
+        if device.type == "cuda":
+            alone = dist.ProcessGroupNCCL(dist.HashStore(), 0, 1, dist.ProcessGroupNCCL.Options())
+        return _InstantGroup(rank, size, alone)
+
+    name = f"instant_{device.type}"
+    if name.upper() not in dist.Backend.__dict__:
+        dist.Backend.register_backend(name, make, devices=["cpu", "cuda"])
+    dist.init_process_group(name, store=dist.HashStore(), rank=0, world_size=world_size)
     try:
         yield
     finally:

@@ -8,6 +8,13 @@ The contestants take turns within one run of the same processes (see `contestant
 round. "No exchange" is DDP with a hook that gives every bucket back as it is: the limit. "PowerGossip" does without
 DDP: after the backward pass a rank exchanges products of its model with its neighbours on a ring, which is one link
 between two ranks. No contestant takes an optimizer's step.
+
+    python examples/benchmarks/step.py --device cuda --model gpt2        # one rank on each GPU, with NCCL
+
+On a GPU the table also says what a step asks of it and of its host (see `probes`). With one GPU there is one process,
+which plays one of two ranks, whose other one sends nothing: its all-reduces are NCCL's, among itself alone. So the
+table says what every exchange adds on the GPU and on its host, and nothing of the network. Two ranks of gloo on one GPU
+would not say it: they take turns with the GPU, and gloo copies all payloads through the host, which NCCL does not.
 """
 
 from __future__ import annotations
@@ -18,6 +25,7 @@ from typing import Any
 
 import common
 import numpy as np
+import torch
 from common import ResultTable, format_bytes, format_number, positive, spread
 from contestants import (
     ALL_REDUCE,
@@ -44,10 +52,30 @@ PROBE_BYTES = {"loopback": 2**26, "10gbit": 2**26, "1gbit": 2**26, "100mbit": 2*
 REFERENCES = [NO_EXCHANGE, ALL_REDUCE, Contestant("fp16 hook"), BF16_HOOK]
 
 
+ON_GPU = ["launches", "hook ms", "device ms", "tail ms", "held", "peak"]
+ABOUT_GPU = (
+    " Launches are the kernels, copies and fills of a step, and device ms what they take together, beyond “no exchange”"
+    " (NCCL's kernels wait for other ranks, if there are any); hook ms what the host spends in the communication hook;"
+    " tail ms from the last gradient to the last average. Held are the bytes between two steps, beyond the network's,"
+    " and peak at most during a step. Forward passes are computed in bfloat16, and gradients are float32."
+)
+ABOUT_ONE_GPU = (
+    " One rank of two, whose other one sends nothing: all-reduces are NCCL's, among this rank alone, and no network is"
+    " in these figures."
+)
+
+
 def tabulate(link: str, measured: Measurement, arguments: argparse.Namespace) -> ResultTable:
     """Lay one link's figures side by side."""
+    about = "" if measured.bare_seconds else ABOUT_ONE_GPU
+    if measured.bare_seconds:
+        rate = link_rate(measured, arguments.world_size)
+        about = f" A bare all-reduce went at {rate:.3g} Gbit/s each way."
+    about += ABOUT_GPU if measured.probes else ""
+    ranks = f"{arguments.world_size} ranks" if arguments.world_size > 1 else "one GPU"
+    place = f"{ranks}, {link}" if arguments.world_size > 1 else ranks
     table = ResultTable(
-        f"{NETWORKS[arguments.model].name} on {arguments.world_size} ranks, {link}",
+        f"{NETWORKS[arguments.model].name} on {place}",
         [
             "exchange",
             "rank",
@@ -59,12 +87,12 @@ def tabulate(link: str, measured: Measurement, arguments: argparse.Namespace) ->
             "PyTorch ÷ this",
             "CPU ms",
             "sent",
+            *(ON_GPU if measured.probes else []),
         ],
         f"Medians of {len(measured.seconds[NO_EXCHANGE])} rounds. Differences from “no exchange” and ratios are taken"
         " round by round; “PyTorch ÷ this” compares with PyTorch's hook at the same rank. “CPU ms” is processor time"
         " of all ranks together. Sent are the bytes that each rank hands to all-reduce in a step, or with PowerGossip"
-        " to its neighbours. A bare all-reduce went at"
-        f" {link_rate(measured, arguments.world_size):.3g} Gbit/s each way.",
+        f" to its neighbours.{about}",
     )
     for contestant, seconds in measured.seconds.items():
         theirs = Contestant("PyTorch's hook", contestant.rank)
@@ -81,11 +109,27 @@ def tabulate(link: str, measured: Measurement, arguments: argparse.Namespace) ->
                 format_number(measured.ratio(theirs, contestant).median) if comparable else "",
                 format_number(1e3 * spread(measured.cpu_seconds[contestant]).median),
                 format_bytes(measured.sent_bytes[contestant]),
+                *_on_gpu(contestant, measured),
             ]
         )
     for contestant in measured.failures:
-        table.rows.append([contestant.family_name, str(contestant.rank or ""), "failed", *[""] * 7])
+        cells = [contestant.family_name, str(contestant.rank or ""), "failed"]
+        table.rows.append(cells + [""] * (len(table.columns) - len(cells)))
     return table
+
+
+def _on_gpu(contestant: Contestant, measured: Measurement) -> list[str]:
+    if not measured.probes:
+        return []
+    probe, none = measured.probes[contestant], measured.probes[NO_EXCHANGE]
+    return [
+        format_number(probe.launches - none.launches),
+        format_number(1e3 * probe.host_seconds),
+        format_number(1e3 * (probe.device_seconds - none.device_seconds)),
+        format_number(1e3 * probe.tail_seconds),
+        format_bytes(probe.held_bytes),
+        format_bytes(probe.peak_bytes),
+    ]
 
 
 def link_rate(measured: Measurement, world_size: int) -> float:
@@ -97,7 +141,7 @@ def link_rate(measured: Measurement, world_size: int) -> float:
 def to_json(measured: Measurement, world_size: int) -> dict[str, Any]:
     """Give all samples, and their summaries, of one link."""
     return {
-        "all_reduce_gbit_per_second": link_rate(measured, world_size),
+        "all_reduce_gbit_per_second": link_rate(measured, world_size) if measured.bare_seconds else None,
         "failures": {contestant.name: text for contestant, text in measured.failures.items()},
         "exchanges": [
             {
@@ -112,6 +156,7 @@ def to_json(measured: Measurement, world_size: int) -> dict[str, Any]:
                 "ratio_to_all_reduce": measured.ratio(contestant, ALL_REDUCE),
                 "sent_bytes": measured.sent_bytes[contestant],
                 "all_reduces": measured.collectives[contestant],
+                **({"probe": vars(measured.probes[contestant])} if measured.probes else {}),
             }
             for contestant, seconds in measured.seconds.items()
         ],
@@ -122,7 +167,8 @@ def draw(results: dict[str, Measurement], arguments: argparse.Namespace) -> Figu
     """Draw the time of a step over the rank, one panel a link, two beside each other."""
     columns, rows = min(len(results), 2), (len(results) + 1) // 2
     figure = Figure(figsize=(4.4 * columns, 1.2 + 3.6 * rows), layout="constrained")
-    figure.suptitle(f"A training step of {NETWORKS[arguments.model].name} on {arguments.world_size} ranks")
+    place = f"{arguments.world_size} ranks" if arguments.world_size > 1 else "one GPU"
+    figure.suptitle(f"A training step of {NETWORKS[arguments.model].name} on {place}")
     panels = [figure.add_subplot(rows, columns, number) for number in range(1, len(results) + 1)]
     for axes, (link, measured) in zip(panels, results.items(), strict=True):
         _draw_link(axes, measured)
@@ -186,13 +232,16 @@ def main() -> None:
     )
     parser.add_argument("--link", choices=tuple(LINKS), nargs="+", default=["loopback"], help="one or several")
     parser.add_argument("--repeats", type=positive, help=f"rounds; by default {REPEATS}")
-    arguments = common.parse(parser, quick={"model": "tiny", "ranks": [2], "gossip_ranks": [2], "repeats": 3})
-    if arguments.world_size < 2:
+    # Gossip has no all-reduces, and integers take other collectives, which one GPU alone does not have.
+    on_gpu = {"world_size": max(1, torch.cuda.device_count()), "gossip_ranks": [], "comm_dtype": []}
+    quick = {"model": "tiny", "ranks": [2], "gossip_ranks": [2], "repeats": 3}
+    arguments = common.parse(parser, quick, on_gpu)
+    if arguments.world_size < 2 and arguments.device == "cpu":
         parser.error(f"--world-size {arguments.world_size}: one rank exchanges nothing. Use 2 or more.")
 
     contestants = [
         *REFERENCES,
-        *powersgd_contestants(arguments.ranks),
+        *powersgd_contestants(arguments.ranks, arguments.device),
         *(Contestant("full", rank, comm_dtype=dtype) for dtype in arguments.comm_dtype for rank in arguments.ranks),
         *gossip_contestants(arguments.gossip_ranks),
     ]
@@ -205,7 +254,7 @@ def main() -> None:
             world_size=arguments.world_size,
             device=arguments.device,
             link=link,
-            bare_sizes=[PROBE_BYTES[link]],
+            bare_sizes=[PROBE_BYTES[link]] if arguments.world_size > 1 else [],
         ),
     )
     remarks += [

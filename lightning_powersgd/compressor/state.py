@@ -206,7 +206,8 @@ class PowerSGDState:
         """Draw the first factors of a group, in one journey to the device."""
         slots = [slot for alike in group.stacks(side) for slot in alike]
         if slots:
-            stacks.flat.copy_(torch.cat([self.first_factor(slot, side).flatten() for slot in slots]))
+            drawn = torch.cat([self.first_factor(slot, side).flatten() for slot in slots])
+            stacks.flat.copy_(drawn, non_blocking=True)
 
     def keep_factors(self, group: int, side: Side, factors: Sequence[Tensor], keep: Sequence[bool | Tensor]) -> None:
         """Keep averaged factors as the next warm start, if they are to be one, and the magnitudes of their rows.

@@ -226,7 +226,7 @@ class CompressedGroup(_Group):
         self._put_in()
         if self._reached is not None:
             reached = [slot.name in self._reached for slot in self._group.compressed]
-            self._flags.copy_(torch.tensor(reached, dtype=self._flags.dtype))
+            self._flags.copy_(torch.tensor(reached, dtype=self._flags.dtype), non_blocking=True)
         if self._alternate:
             self._sent = other_side(self._state.held)
             self._wire.share(self._wire.flat[: self._start])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,8 +181,26 @@ def test_the_networks_have_their_sizes():
     parameters = {name: network.gradient_bytes // 4 for name, network in NETWORKS.items()}
     assert 18e6 < parameters["transformer"] < 19e6
     assert 11.1e6 < parameters["resnet18"] < 11.2e6
+    assert 25.5e6 < parameters["resnet50"] < 25.6e6
+    assert 124e6 < parameters["gpt2"] < 125e6
+    assert 1.0e9 < parameters["1b"] < 1.02e9
     network = NETWORKS["resnet18"]
     assert network.build(torch.device("cpu"))(network.draw(torch.device("cpu"), seed=0)).shape == (4, 10)
+
+
+def test_the_networks_for_a_gpu_take_their_inputs():
+    from resnet import resnet50
+    from workloads import LanguageModel, Network
+
+    cpu = torch.device("cpu")
+    language = Network("small", lambda: LanguageModel(64, 1, vocabulary=11, context=8), (2, 5), vocabulary=11)
+    model, tokens = language.build(cpu), language.draw(cpu, seed=0)
+    assert model(tokens).shape == (2, 5, 11)
+    # What comes later changes nothing.
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 11
+    torch.testing.assert_close(model(changed)[:, :-1], model(tokens)[:, :-1])
+    assert resnet50(7, running_statistics=False)(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
 
 
 def test_pretended_ranks_change_nothing():
@@ -203,6 +224,97 @@ def test_the_bf16_hook_averages_in_bfloat16_on_a_cpu():
     with pretend_ranks(2):  # which send nothing: half of the gradient is left
         assert bf16_hook(None, bucket).wait() is bucket.buffer()
     assert torch.equal(bucket.buffer(), (gradient.bfloat16() / 2).float())
+
+
+def test_on_a_gpu_a_pretended_rank_hands_all_reduces_to_a_group_of_its_own():
+    from processes import _InstantGroup
+
+    group = _InstantGroup(0, 2, dist.ProcessGroupGloo(dist.HashStore(), 0, 1, timedelta(seconds=60)))
+    tensor = torch.ones(3)
+    group.allreduce([tensor], dist.AllreduceOptions()).wait()
+    assert torch.equal(tensor, torch.ones(3))
+    assert group.size() == 2
+
+
+def test_a_step_is_looked_at_from_all_sides():
+    from contestants import ALL_REDUCE, Contestant
+    from probes import probe_step, timed_hooks
+    from processes import pretend_ranks
+    from workloads import NETWORKS
+
+    device, network = torch.device("cpu"), NETWORKS["tiny"]
+    found = {}
+    with pretend_ranks(2):
+        for contestant in (ALL_REDUCE, Contestant("PyTorch's hook, batched", 2), Contestant("full", 2)):
+            with timed_hooks() as seconds:
+                step = contestant.attach(network.build(device))
+            batch = network.draw(device, seed=0)
+            found[contestant.family] = probe_step(partial(step, batch), step.module, seconds, 7, device)
+            assert all(parameter.grad is None for parameter in step.module.parameters())
+    assert found["all-reduce"].host_seconds == 0  # DDP's own, without Python
+    for family in ("PyTorch's hook, batched", "full"):
+        assert found[family].host_seconds > 0
+    for probe in found.values():
+        assert probe.launches == 0
+        assert probe.tail_seconds > 0
+        assert probe.held_bytes == 7
+
+
+def test_a_table_says_what_a_step_asked_of_a_gpu():
+    import step
+    from contestants import NO_EXCHANGE, Contestant, Measurement
+    from probes import Probe
+
+    full = Contestant("full", 2)
+    measured = Measurement({NO_EXCHANGE: [1.0], full: [1.5], step.ALL_REDUCE: [2.0]})
+    measured.sent_bytes = dict.fromkeys(measured.seconds, 1e3)
+    measured.collectives = dict.fromkeys(measured.seconds, 1)
+    measured.failures[Contestant("bf16 hook")] = "out of memory"
+    none, ours = Probe(100, 0.5), Probe(130, 0.75, 0.125, 0.25, 2 * 10**6, 3 * 10**6)
+    measured.probes = {NO_EXCHANGE: none, full: ours, step.ALL_REDUCE: none}
+    table = step.tabulate("loopback", measured, argparse.Namespace(model="tiny", world_size=1))
+    assert table.columns[-6:] == ["launches", "hook ms", "device ms", "tail ms", "held", "peak"]
+    assert table.rows[1][-6:] == ["30.0", "125", "250", "250", "2 MB", "3 MB"]
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert table.rows[3][2] == "failed"
+    assert "one GPU" in table.title
+    assert "no network" in table.note
+    assert step.to_json(measured, 1)["exchanges"][1]["probe"]["launches"] == 130
+
+
+def test_without_a_gpu_all_that_needs_one_is_skipped_with_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    said = run([sys.executable, str(BENCHMARKS / "gpu.py"), f"--output-dir={tmp_path}"], tmp_path)
+    assert "tests: skipped" in said
+    for name in ("step_gpt2", "step_resnet50", "step_1b", "memory_gpt2", "kernel"):
+        assert f"- {name}: skipped: torch {torch.__version__}" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.md", "tests.log"}
+    assert (tmp_path / "summary.md").read_text().splitlines()[-1] in said
+    log = (tmp_path / "tests.log").read_text()
+    assert "test_one_rank.py" in log
+    assert "needs a GPU" in log
+    assert "passed" not in log
+
+
+def test_a_job_leaves_its_table_and_log_however_it_ends(tmp_path):
+    from gpu import Job, run
+
+    writes = (
+        "import pathlib, sys; p = pathlib.Path(sys.argv[1].split('=')[1]); p.mkdir(); (p / 'step.md').write_text('t')"
+    )
+    assert run(Job("step_tiny", ("-c", writes), 1, "step"), tmp_path, 60) == "done"
+    assert {path.name for path in tmp_path.iterdir()} == {"step_tiny.log", "step_tiny.md"}
+    assert run(Job("bad", ("-c", "raise SystemExit(3)"), 1), tmp_path, 60) == "failed with exit code 3"
+    assert run(Job("endless", ("-c", "input()"), 1), tmp_path, 0) == "ended after 0.0 minutes"
+
+
+@pytest.mark.parametrize(("driver", "environment"), [("", ".venv"), ("/dev/nvidia0", ".venv-gpu")])
+def test_make_gpu_installs_cuda_only_where_there_is_a_driver(driver, environment):
+    root = Path(__file__).parents[2]
+    command = ["make", "--dry-run", "--always-make", "gpu", f"NVIDIA={driver}", "GPU_INDEX=https://an.index/cu126"]
+    said = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout
+    assert f"{environment}/bin/python examples/benchmarks/gpu.py" in said
+    assert ("--index-url https://an.index/cu126" in said) == bool(driver)
 
 
 def test_a_failing_rank_is_reported():
