@@ -23,9 +23,7 @@ settings.load_profile("fixed")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if not torch.cuda.is_available():
-        skip = pytest.mark.skip(
-            reason="needs a GPU, of which `make gpu` makes use, and torch finds no CUDA device here"
-        )
+        skip = pytest.mark.skip(reason="needs a GPU, and torch finds none; `make gpu` runs this test on one")
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
