@@ -189,8 +189,7 @@ def test_the_networks_have_their_sizes():
 
 
 def test_the_networks_for_a_gpu_take_their_inputs():
-    from resnet import resnet50
-    from workloads import LanguageModel, Network
+    from workloads import LanguageModel, Network, resnet50
 
     cpu = torch.device("cpu")
     language = Network("small", lambda: LanguageModel(64, 1, vocabulary=11, context=8), (2, 5), vocabulary=11)
