@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -25,7 +25,18 @@ def require_agreement(settings: Mapping[str, str], process_group: dist.ProcessGr
     Raises:
         RuntimeError: on every rank, naming the first difference.
     """
-    everyone = of_all_ranks(settings, process_group)
+    require_same(of_all_ranks(settings, process_group))
+
+
+def require_same(everyone: Sequence[Mapping[str, str]]) -> None:
+    """Compare the settings of ranks.
+
+    Args:
+        everyone: by rank, what every rank must have alike, by name, in an order that counts.
+
+    Raises:
+        RuntimeError: naming the first difference.
+    """
     for rank, theirs in enumerate(everyone):
         for name in {**everyone[0], **theirs}:
             if everyone[0].get(name) != theirs.get(name):

@@ -67,7 +67,12 @@ class Link:
 
     @property
     def spread(self) -> float:
-        """How uncertain the bandwidth is: the distance of the largest message's quartiles, in units of its median."""
+        """How uncertain the bandwidth is: the distance of the largest message's quartiles, in units of its median.
+
+        0 if nothing was measured.
+        """
+        if not self.samples:
+            return 0.0
         largest = self.samples[-1]
         return (largest.high - largest.low) / largest.seconds
 

@@ -44,7 +44,8 @@ class _Name:
         return re.findall(r"[^.]*\.?", self._name)[:-1]
 
 
-def _make_table() -> Table:
+def make_table() -> Table:
+    """Make an empty table in the planner's looks."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -57,7 +58,7 @@ def parameter_table(forecast: Forecast, *, fold: bool) -> Table:
     rows = _folded(forecast.parameters) if fold else [(slot.name, [slot]) for slot in forecast.parameters]
     # A matrix of two dimensions is its own shape.
     with_matrix = any(slot.rank and len(slot.shape) > 2 for slot in forecast.parameters)
-    table = _make_table()
+    table = make_table()
     table.add_column("parameter")
     table.add_column("shape", no_wrap=True)
     if with_matrix:
@@ -115,7 +116,7 @@ def _pattern(names: Sequence[str]) -> str:
 
 def link_table(links: Sequence[LinkForecast]) -> Table:
     """Make the table of the time of an exchange over each link."""
-    table = _make_table()
+    table = make_table()
     table.add_column("link", no_wrap=True)
     for heading in ("all-reduce", "bf16 hook", "PowerSGD", "= computing", "+ network", "gain"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -129,7 +130,7 @@ def link_table(links: Sequence[LinkForecast]) -> Table:
 
 def step_table(links: Sequence[LinkForecast], step_seconds: float) -> Table:
     """Make the table of the time of a step over each link."""
-    table = _make_table()
+    table = make_table()
     table.add_column("link", no_wrap=True)
     for heading in ("with all-reduce", "with bf16 hook", "with PowerSGD", "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
