@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lightning_powersgd.compressor.config import AUTO
 from lightning_powersgd.exchange.link import Link
 from lightning_powersgd.planner.forecast import Forecast, LinkForecast
 from lightning_powersgd.planner.report import LEFT_OUT
@@ -67,12 +68,14 @@ class Answer:
         if best is None:
             yield f"Stay with DDP. On {self.options[0].times}"
             return
-        rank = f"rank={best.rank}" if best.rank.isdecimal() else "" if best.rank == "auto" else f"rank {best.rank}"
+        setting = f"PowerSGDStrategy(rank={best.rank})"
+        if not best.rank.isdecimal():
+            setting = "PowerSGDStrategy()" if best.rank == AUTO else f"PowerSGDStrategy(...), --rank {best.rank}"
         saved = f"saves {format_seconds(best.saved_seconds)} a step"
         if self.step_seconds is not None:
             least, most = best.times.least_speedup(self.step_seconds), best.times.speedup(self.step_seconds)
             saved += f", which makes a step {least:.2f} to {most:.2f} times as fast"
-        yield f"Best setting: PowerSGDStrategy({rank}). It {saved}."
+        yield f"Best setting: {setting}. It {saved}."
         if self.step_seconds is not None and least <= 1:
             yield "If all of DDP's all-reduce hides behind the backward pass, DDP stays the faster one: measure both."
         turn = best.forecast.plan.turnaround(alternate=best.forecast.config.alternate)

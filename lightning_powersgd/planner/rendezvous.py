@@ -109,7 +109,10 @@ def _as_lightning_does(environment: Mapping[str, str]) -> dict[str, str]:
     # node[003-007,010] begins with node003, and so does node003,node010.
     first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", environment.get("SLURM_NODELIST", "127.0.0.1")).split(",")[0]
     port = 15000 + int(re.sub(r"\D", "", environment.get("SLURM_JOB_ID", ""))[-4:] or 0)
-    return {"MASTER_ADDR": first, "MASTER_PORT": str(port), **environment}
+    added = {"MASTER_ADDR": first, "MASTER_PORT": str(port)}
+    if "SLURM_NTASKS_PER_NODE" in environment:
+        added[_LOCAL_WORLD_SIZE] = environment["SLURM_NTASKS_PER_NODE"]
+    return {**added, **environment}
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
