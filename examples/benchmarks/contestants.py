@@ -297,7 +297,7 @@ def run_steps(
         task = progress.add_task(place, total=len(contestants) * (1 + repeats) + 1)
         namespaces = stack.enter_context(emulated_network(world_size)) if megabits else None
         results: list[Measurement] = run_ranks(
-            _measure_steps,
+            measure_steps,
             network,
             contestants,
             repeats,
@@ -308,20 +308,26 @@ def run_steps(
             namespaces=namespaces,
             megabits=megabits,
         )
+    return slowest_of(results)
+
+
+def slowest_of(results: Sequence[Measurement]) -> Measurement:
+    """Take from the ranks' measurements the times of the slowest one."""
     slowest = results[0]
     slowest.seconds = {key: np.max([result.seconds[key] for result in results], 0).tolist() for key in slowest.seconds}
     slowest.cpu_seconds = {
         key: np.sum([result.cpu_seconds[key] for result in results], 0).tolist() for key in slowest.cpu_seconds
     }
     slowest.bare_seconds = {
-        size: np.max([result.bare_seconds[size] for result in results], 0).tolist() for size in bare_sizes
+        size: np.max([result.bare_seconds[size] for result in results], 0).tolist() for size in slowest.bare_seconds
     }
     return slowest
 
 
-def _measure_steps(
+def measure_steps(
     rank: Rank, network: Network, contestants: Sequence[Contestant], repeats: int, bare_sizes: Sequence[int]
 ) -> Measurement:
+    """Measure training steps on this rank; all ranks call it."""
     result = Measurement()
     original = network.build(rank.device)
     batches = [network.draw(rank.device, seed=10 * number + rank.number) for number in range(4)]

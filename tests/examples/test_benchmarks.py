@@ -34,6 +34,8 @@ EXPECTED = {
         "PowerGossip",
     ],
     "gossip": ["whole models", "rank 2"],
+    "probe": ["no exchange", "all-reduce", "PowerSGD full, rank 2", "loopback"],
+    "never_slower": ["auto ÷ the better", "loopback"],
     "machines": [
         "no exchange",
         "hybrid sharding",
@@ -125,6 +127,16 @@ def test_a_step_of_gossip_sends_whole_models_or_factors(printed, output_dir):
     assert whole["sent_bytes"] == [NETWORKS["tiny"].gradient_bytes] * 4
     assert len(factors["seconds"]) == 4
     assert sum(factors["sent_bytes"]) < sum(whole["sent_bytes"]) / 2
+
+
+def test_the_forecast_of_a_step_adds_the_exchange(printed, output_dir):
+    link = json.loads((output_dir / "probe.json").read_text())["links"]["loopback"]
+    none, dense, ours = link["steps"]
+    assert none["forecast_seconds"] is None
+    added = [step["forecast_seconds"] - float(np.median(none["seconds"])) for step in (dense, ours)]
+    (option,) = link["answer"]["options"]
+    assert added == pytest.approx([link["answer"]["all_reduce_seconds"], option["powersgd_seconds"]])
+    assert all(len(step["seconds"]) == 3 for step in link["steps"])
 
 
 def test_memory_is_that_of_the_error_buffers(printed, output_dir):
@@ -329,6 +341,7 @@ def test_a_failing_rank_is_reported():
         ("step", ["--device=cuda"], "torch finds no CUDA device"),
         ("step", ["--world-size=1"], "one rank exchanges nothing"),
         ("step", ["--ranks", "0"], "0 is not positive"),
+        ("probe", ["--world-size=1"], "one rank exchanges nothing"),
         ("gossip", ["--world-size=1"], "one rank has no neighbours"),
         ("scale", ["--sizes", "100x2"], "not a multiple of 64"),
         ("scale", ["--world-sizes", "1"], "Add 2"),
