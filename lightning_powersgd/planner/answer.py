@@ -37,8 +37,8 @@ class Option:
 
     @property
     def saved_seconds(self) -> float:
-        """Seconds that a step is shorter than with plain DDP, when nothing overlaps; negative if it is longer."""
-        return self.times.all_reduce_seconds - self.times.powersgd_seconds
+        """Seconds that a step is shorter than with the faster rival, if nothing overlaps; negative if it is longer."""
+        return self.times.rival_seconds - self.times.powersgd_seconds
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,20 @@ class Answer:
         """Say what to do, in sentences."""
         best = self.best
         if best is None:
-            yield f"Stay with DDP. On {self.options[0].times}"
+            times = self.options[0].times
+            hook = " with the bf16 hook" if times.bf16_seconds < times.all_reduce_seconds else ""
+            yield f"Stay with DDP{hook}. On {times}"
             return
         setting = f"PowerSGDStrategy(rank={best.rank})"
         if not best.rank.isdecimal():
             setting = "PowerSGDStrategy()" if best.rank == AUTO else f"PowerSGDStrategy(...), --rank {best.rank}"
-        saved = f"saves {format_seconds(best.saved_seconds)} a step"
+        saved = f"saves {format_seconds(best.saved_seconds)} a step beside {best.times.rival}"
         if self.step_seconds is not None:
             least, most = best.times.least_speedup(self.step_seconds), best.times.speedup(self.step_seconds)
             saved += f", which makes a step {least:.2f} to {most:.2f} times as fast"
         yield f"Best setting: {setting}. It {saved}."
         if self.step_seconds is not None and least <= 1:
-            yield "If all of DDP's all-reduce hides behind the backward pass, DDP stays the faster one: measure both."
+            yield f"If all of {best.times.rival} hides behind the backward pass, it stays the faster one: measure both."
         turn = best.forecast.plan.turnaround(alternate=best.forecast.config.alternate)
         yield (
             f"Each direction of a gradient has its turn within about {turn:,.0f} steps. Accuracy asks for a training"
@@ -92,6 +94,7 @@ class Answer:
             "step_seconds": step,
             "dense_bytes": first.forecast.dense_bytes,
             "all_reduce_seconds": first.times.all_reduce_seconds,
+            "bf16_seconds": first.times.bf16_seconds,
             "best_rank": None if self.best is None else self.best.rank,
             "options": [
                 {
@@ -131,13 +134,16 @@ def sample_table(link: Link) -> Table:
 def option_table(options: Sequence[Option], step_seconds: float | None) -> Table:
     """Make the table of what plain DDP and each setting take on the link."""
     first = options[0]
-    dense = first.times.all_reduce_seconds
     table = make_table()
     table.add_column("exchange", no_wrap=True)
     for heading in ("sent", "takes", "= computing", "+ network", "saves", *([] if step_seconds is None else ["step"])):
         table.add_column(heading, justify="right", no_wrap=True)
-    step = [] if step_seconds is None else [format_seconds(step_seconds + dense)]
-    table.add_row("DDP", format_bytes(first.forecast.dense_bytes), format_seconds(dense), "", "", "", *step)
+    for name, sent, seconds in (
+        ("DDP", first.forecast.dense_bytes, first.times.all_reduce_seconds),
+        ("DDP, bf16 hook", sum(first.forecast.bf16_payloads), first.times.bf16_seconds),
+    ):
+        step = [] if step_seconds is None else [format_seconds(step_seconds + seconds)]
+        table.add_row(name, format_bytes(sent), format_seconds(seconds), "", "", "", *step)
     for option in options:
         times = option.times
         gain = format_seconds(option.saved_seconds) if option.saved_seconds > 0 else "nothing"
