@@ -15,12 +15,13 @@ from torch import Tensor
 from lightning_powersgd.compressor import verdict
 from lightning_powersgd.compressor.basis import orthonormal
 from lightning_powersgd.compressor.codec import cut
+from lightning_powersgd.compressor.fused import passes_for
 from lightning_powersgd.compressor.plan import SIDES, Group, Side, Slot, other_side
 from lightning_powersgd.compressor.stacks import Stacks, named
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.exchange.integers import IntegerWire
 from lightning_powersgd.exchange.loss_scale import LossScale
-from lightning_powersgd.exchange.matrix import Matrix, add_errors
+from lightning_powersgd.exchange.matrix import Matrix, decompress_each, project_each
 from lightning_powersgd.exchange.use import ReachedParameters
 from lightning_powersgd.exchange.wire import Wire, Wires
 
@@ -127,7 +128,9 @@ class CompressedGroup(_Group):
         self._bits = {side: form.bits for side, form in zip(SIDES, group.formats, strict=True)}
         self._matrices = {slot.name: Matrix(slot, state) for slot in group.compressed}
         # Of all matrices of the group, whose gradients have one dtype.
-        self._dtype = next((matrix.dtype for matrix in self._matrices.values()), group.dtype)
+        dtypes = next((matrix.dtypes for matrix in self._matrices.values()), None)
+        self._dtype = group.dtype if dtypes is None else dtypes.matrix
+        self._fused = None if dtypes is None else passes_for(state.device, dtypes)
 
         # What is sent whole and is large is only borrowed from where its gradient lies.
         packed = [slot for slot in group.whole if not slot.travels_alone]
@@ -156,6 +159,8 @@ class CompressedGroup(_Group):
         # Projections as they are computed, where they do not travel in that dtype.
         self._computed = self._make_stacks(SIDES, self._dtype) if self._dtype != group.dtype else None
         self._last_wire, self._sends_last = self._wire, False
+        # Memory for what kernels find by its address (see `_settled`).
+        self._places: dict[str, dict[Side, Stacks]] = {}
         # Of this step: what matrices are projected onto, and its side; the gains; and where projections go.
         self._side_of_basis: Side = "left"
         self._basis: list[Tensor] = []
@@ -214,9 +219,8 @@ class CompressedGroup(_Group):
             torch._foreach_copy_([self._first_whole[n] for n in packed], [self._whole[n] for n in packed])
         held = self._state.held
         matrices = {slot.name: self._matrices[slot.name] for slot in slots if slot.rank}
-        add_errors(matrices.values())
+        project_each(matrices, other_side(held), self._projections, self._fused)
         for name, matrix in matrices.items():
-            matrix.project(other_side(held), self._projections[name])
             if held in self._state.drawn[name]:
                 # Where nothing is on any rank, nothing may come to be: what was drawn at random must not reach there.
                 self._supports[name] = matrix.support(held)
@@ -258,8 +262,7 @@ class CompressedGroup(_Group):
         if self._alternate:
             return
         self._projections = self._computed_by_name("right")
-        for name, matrix in self._matrices.items():
-            matrix.project("right", self._projections[name])
+        project_each(self._matrices, "right", self._projections, self._fused)
         self._share_last()
         if self._sends_last:
             self._last_wire.send(self._last_wire.flat)
@@ -319,13 +322,20 @@ class CompressedGroup(_Group):
 
     def _decompress(self, averages: list[Tensor], own: list[Tensor], keep_each: Tensor | None) -> None:
         """Write the averaged gradients, and the local residuals into the errors."""
-        names, payload = list(self._matrices), self._payload[self._sent]
-        keep: Sequence[bool | Tensor] = [True] * len(names) if keep_each is None else verdict.known_each(keep_each)
-        average_of = payload.named([block.to(self._dtype) for block in averages])
-        own_of = payload.named([block.to(self._dtype) for block in own])
-        for name, keep_this in zip(names, keep, strict=True):
-            matrix = self._matrices[name]
-            self.averages[name] = matrix.decompress(self._sent, own_of[name], average_of[name], keep_this)
+        payload = self._payload[self._sent]
+        average_of = payload.named(self._settled("average", self._sent, averages))
+        own_of = payload.named(self._settled("own", self._sent, own))
+        self.averages = decompress_each(self._matrices, self._sent, own_of, average_of, keep_each, self._fused)
+
+    def _settled(self, use: str, side: Side, blocks: list[Tensor]) -> list[Tensor]:
+        """Give factors in M's dtype; where kernels are told addresses, in memory that is the same in every step."""
+        if self._fused is None:
+            return [block.to(self._dtype) for block in blocks]
+        if use not in self._places:
+            self._places[use] = self._make_stacks(SIDES, self._dtype)
+        places = self._places[use][side].blocks
+        torch._foreach_copy_(places, blocks)
+        return places
 
     def _follow_loss_scale(self, finite_each: Tensor | None, keep_each: Tensor | None) -> None:
         """Let what a step that counts has not written anew refer to its loss scale, too."""
@@ -367,13 +377,12 @@ class CompressedGroup(_Group):
         sides = (other_side(held),) if self._alternate else SIDES
         self._gains = {side: scales.gains(side, ratio, world_size) if self._wires.encodes else [] for side in sides}
         factors = self._state.start_factors(self._index).blocks
-        make = orthonormal if self._alternate else Tensor.to
-        self._set_basis(held, [make(block, self._dtype) for block in factors])
+        self._set_basis(held, [orthonormal(block, self._dtype) for block in factors] if self._alternate else factors)
         self._projections = self._computed_by_name(other_side(held))
 
     def _set_basis(self, side: Side, blocks: list[Tensor]) -> None:
-        self._side_of_basis, self._basis = side, blocks
-        for name, basis in named(self._group.stacks(side), blocks).items():
+        self._side_of_basis, self._basis = side, self._settled("basis", side, blocks)
+        for name, basis in named(self._group.stacks(side), self._basis).items():
             self._matrices[name].basis = basis
 
     def _computed_by_name(self, side: Side) -> dict[str, Tensor]:

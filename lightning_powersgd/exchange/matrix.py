@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from lightning_powersgd.compressor import verdict
 from lightning_powersgd.compressor.codec import saturated
+from lightning_powersgd.compressor.fused import Decompression, Dtypes, FusedPasses, Projection, passes_for, takes
 from lightning_powersgd.compressor.passes import add_scaled, decompress, project
 from lightning_powersgd.compressor.plan import Side, Slot
 from lightning_powersgd.compressor.state import PowerSGDState
@@ -22,15 +23,16 @@ class Matrix:
     temporary, formed anew for each use.
 
     Attributes:
-        dtype: of M (see `PowerSGDState.matrix_dtype`).
+        dtypes: of the gradient, the error and M (see `PowerSGDState.matrix_dtype`).
         basis: orthonormal rows, or the held factor itself in the first half of a full step; of M's dtype.
     """
 
     def __init__(self, slot: Slot, state: PowerSGDState) -> None:
         self._slot = slot
         self._state = state
-        self.dtype = state.matrix_dtype(slot)
-        self._in_place = self.dtype == slot.dtype
+        error = state.errors.get(slot.name)
+        self.dtypes = Dtypes(slot.dtype, None if error is None else error.dtype, state.matrix_dtype(slot))
+        self._in_place = self.dtypes.matrix == slot.dtype
         self._scale: float | Tensor = 1.0
         self.forget()
 
@@ -66,7 +68,7 @@ class Matrix:
         largest = [torch.linalg.vector_norm(part, torch.inf, dim=1 if side == "left" else 0) for part in parts]
         return torch.stack(largest).sum(dim=0) != 0
 
-    def decompress(self, side: Side, own: Tensor, average: Tensor, keep: bool | Tensor) -> tuple[Tensor, Tensor]:
+    def decompress(self, side: Side, own: Tensor, average: Tensor, keep: bool | Tensor) -> None:
         """Write the averaged gradient over this rank's, and the local residual into the error.
 
         Args:
@@ -74,30 +76,100 @@ class Matrix:
             own: this rank's projection.
             average: the mean of the ranks' projections.
             keep: whether to update the error.
-
-        Returns:
-            The factors of the average, (r, n) and (r, m).
         """
         matrix, pending = self._sum()
         if pending is not None:
             add_scaled(matrix, pending, self._scale)
-        factors = [(self.basis, factor) if side == "right" else (factor, self.basis) for factor in (average, own)]
-        decompress(matrix, factors[0], factors[1], self._error, keep)
+        decompress(matrix, self.factors(side, average), self.factors(side, own), self._error, keep)
         if not self._in_place:
             self._gradient.copy_(saturated(matrix, self._gradient.dtype))
-        left, right = factors[0]
-        return left.to(matrix.dtype), right.to(matrix.dtype)
+
+    def factors(self, side: Side, projection: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the factors of what a projection of that side stands for, (r, n) and (r, m), in M's dtype."""
+        left, right = (self.basis, projection) if side == "right" else (projection, self.basis)
+        return left.to(self.dtypes.matrix), right.to(self.dtypes.matrix)
+
+    def to_be_projected(self, out: Tensor) -> Projection:
+        """Give what `FusedPasses.project` takes. It leaves M in the gradient, if that has M's dtype."""
+        pending = None if self._summed else self._error
+        self._summed = self._in_place
+        return Projection(self._gradient, pending, self.basis, out)
+
+    def to_be_decompressed(self, own: Tensor, average: Tensor) -> Decompression:
+        """Give what `FusedPasses.decompress` takes."""
+        return Decompression(self._gradient, self._error, self.basis, average, own)
+
+    def fits(self, fused: FusedPasses | None) -> bool:
+        """Whether passes over many matrices take this one."""
+        return fused is not None and takes(self._gradient, self._slot.rank)
 
     def _sum(self) -> tuple[Tensor, Tensor | None]:
         """Give M, (n, m), or the gradient in M's dtype and the error that is yet to be added to it in its place."""
         if not self._in_place:
-            return self._gradient.to(self.dtype), self._error
+            return self._gradient.to(self.dtypes.matrix), self._error
         pending = None if self._summed else self._error
         self._summed = True
         return self._gradient, pending
 
 
-def add_errors(matrices: Iterable[Matrix]) -> None:
+def project_each(
+    matrices: Mapping[str, Matrix], side: Side, projections: Mapping[str, Tensor], fused: FusedPasses | None
+) -> None:
+    """Project matrices of one step.
+
+    Args:
+        matrices: by name.
+        side: of the projections.
+        projections: by name, (r, n) or (r, m), to be written.
+        fused: the passes over all of them; ``None`` where each is made for each of them.
+    """
+    together = {name: matrix for name, matrix in matrices.items() if matrix.fits(fused)}
+    if fused is not None and together:
+        operands = [matrix.to_be_projected(projections[name]) for name, matrix in together.items()]
+        fused.project(side, operands, next(iter(together.values()))._scale)
+    others = {name: matrix for name, matrix in matrices.items() if name not in together}
+    _add_errors(others.values())
+    for name, matrix in others.items():
+        matrix.project(side, projections[name])
+
+
+def decompress_each(
+    matrices: Mapping[str, Matrix],
+    side: Side,
+    own: Mapping[str, Tensor],
+    average: Mapping[str, Tensor],
+    keep: Tensor | None,
+    fused: FusedPasses | None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Write the averaged gradients over those of this rank, and the local residuals into the errors.
+
+    Args:
+        matrices: by name.
+        side: of the factors.
+        own: this rank's projections, by name.
+        average: the means of the ranks' projections, by name.
+        keep: (b,) bools, whether to update the error of each; ``None``: all of them.
+        fused: as in `project_each`.
+
+    Returns:
+        The factors of the averages by name, (r, n) and (r, m).
+    """
+    together = {name: matrix for name, matrix in matrices.items() if matrix.fits(fused)}
+    alone = len(together) < len(matrices)
+    keep_each = verdict.known_each(keep) if alone and keep is not None else [True] * len(matrices)
+    if fused is not None and together:
+        operands = [matrix.to_be_decompressed(own[name], average[name]) for name, matrix in together.items()]
+        if alone and keep is not None:
+            fitting = [kept for name, kept in zip(matrices, keep.unbind(), strict=True) if name in together]
+            keep = torch.stack(fitting)
+        fused.decompress(side, operands, next(iter(together.values()))._scale, keep)
+    for (name, matrix), keep_this in zip(matrices.items(), keep_each, strict=True):
+        if name not in together:
+            matrix.decompress(side, own[name], average[name], keep_this)
+    return {name: matrix.factors(side, average[name]) for name, matrix in matrices.items()}
+
+
+def _add_errors(matrices: Iterable[Matrix]) -> None:
     """Form M in the gradients' memory, of several matrices of one step in as few launches as a device allows.
 
     A CPU does it while it projects, in the same journey through memory.
@@ -123,7 +195,13 @@ def write_average(gradient: Tensor, slot: Slot, factors: tuple[Tensor, Tensor]) 
         factors: (r, n) and (r, m), from `GradientExchange.end_step`.
     """
     view = as_matrix(gradient, slot.order, slot.split)
-    matrix = view if view.dtype == factors[0].dtype else torch.empty_like(view, dtype=factors[0].dtype)
+    left, right = factors
+    # Without an error: it makes no difference to the average.
+    fused = passes_for(view.device, Dtypes(view.dtype, None, left.dtype))
+    if fused is not None and takes(view, slot.rank):
+        fused.decompress("right", [Decompression(view, None, left, right, right)])
+        return
+    matrix = view if view.dtype == left.dtype else torch.empty_like(view, dtype=left.dtype)
     decompress(matrix, factors, factors)
     if matrix is not view:
         view.copy_(saturated(matrix, view.dtype))
