@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from nets import attach, like_an_accelerator, with_compiled_code
+from nets import attach, like_an_accelerator, with_compiled_code, with_triton
 from torch import Tensor, nn
 
 from lightning_powersgd import Plan, PowerSGDConfig, PowerSGDState, make_plan
@@ -64,6 +64,7 @@ class Case:
             ``None``, DDP does not look for unused ones.
         compiled: whether to compute with compiled code.
         accelerator: whether to go the way of a device that the host does not wait for.
+        triton: whether to compute with Triton's kernels, interpreted.
         gradients_are_views: of DDP's buckets.
         save_after: the number of steps after which the state is saved.
     """
@@ -80,6 +81,7 @@ class Case:
     unused: frozenset[tuple[int, int | None, int]] | None = None
     compiled: bool = True
     accelerator: bool = False
+    triton: bool = False
     gradients_are_views: bool = False
     save_after: int | None = None
 
@@ -192,7 +194,7 @@ def play(case: Case, start: int = 0, saved: bytes | None = None) -> Run:
     ddp = {"find_unused_parameters": case.unused is not None, "gradient_as_bucket_view": case.gradients_are_views}
     scaler = torch.amp.GradScaler("cpu") if case.scales else None
     run = Run(averaged=[], errors=[], factors=[], start=start)
-    with with_compiled_code(case.compiled), like_an_accelerator(case.accelerator):
+    with with_compiled_code(case.compiled), like_an_accelerator(case.accelerator), with_triton(case.triton):
         model, exchange = attach(case.module(), case.bucket_cap_mb, ddp, scaler, **case.config)
         state = exchange.state
         if saved is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_powersgd import PowerSGDConfig, attach_powersgd
-from lightning_powersgd.compressor import native
+from lightning_powersgd.compressor import fused, native
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,6 +61,20 @@ def like_an_accelerator(yes: bool):
 def with_compiled_code(yes: bool):
     """Compute with compiled code, or with PyTorch's operations as where there is no compiler."""
     return contextlib.nullcontext() if yes else mock.patch.object(native, "library", return_value=None)
+
+
+@contextlib.contextmanager
+def with_triton(yes: bool):
+    """Go the way of a GPU with Triton's kernels, on a CPU: where TRITON_INTERPRET=1 is set, Triton interprets them."""
+    if not yes:
+        yield
+        return
+    with (
+        like_an_accelerator(True),
+        mock.patch.object(fused, "runs_on", return_value=True),
+        mock.patch.object(fused, "_works", return_value=True),
+    ):
+        yield
 
 
 # ResNet-18 in its form for CIFAR-10, as in the paper: every convolution and the head, with the shapes of their weights.

@@ -174,7 +174,7 @@ def _add_errors(matrices: Iterable[Matrix]) -> None:
 
     A CPU does it while it projects, in the same journey through memory.
     """
-    pending = [matrix for matrix in matrices if matrix._in_place and matrix._error is not None]
+    pending = [matrix for matrix in matrices if matrix._in_place and matrix._error is not None and not matrix._summed]
     if not pending or verdict.host_waits_for(pending[0]._gradient.device):
         return
     scale = pending[0]._scale

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from lightning_powersgd import GradientExchange, PowerSGDConfig, PowerSGDState
+from lightning_powersgd.compressor import fused
 from lightning_powersgd.compressor.verdict import Verdict
 from lightning_powersgd.exchange.lane import Lane
 
@@ -105,6 +106,9 @@ class Recorder(TorchDispatchMode):
         self._module = module
         # Or other tensors would come to lie where they were.
         self._alive: list[Tensor] = []
+        # What the next kernels are told the addresses of, and whether one has been launched since.
+        self._told: set[int] = set()
+        self._told_before = False
         self.races: list[str] = []
         self.launches: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
@@ -123,6 +127,23 @@ class Recorder(TorchDispatchMode):
             self.copies["to the device" if target == DEVICE else "to the host"] += 1
         return result
 
+    def launch_kernel(self, kernel: str, parts: Tensor, table: Tensor, *others: Any, **constants: Any) -> None:
+        """Stand in for `fused.launch`: kernels cannot run here. What they were told the address of, they may write."""
+        self.launches[kernel] += 1
+        self._told_before = True
+        memory = self._told | self._memory((parts, table, others))
+        self._detect(set(), memory, kernel)
+
+    def tell_address(self, tensor: Tensor | None) -> int:
+        """Stand in for `fused._address`: memory without values has none."""
+        if tensor is None:
+            return 0
+        if self._told_before:
+            self._told, self._told_before = set(), False
+        (memory,) = self._memory(tensor)
+        self._told.add(memory)
+        return memory + tensor.storage_offset()
+
     def _look_for_races(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         written: set[int] = set()
         read: set[int] = set()
@@ -131,10 +152,12 @@ class Recorder(TorchDispatchMode):
             writes = argument.alias_info is not None and argument.alias_info.is_write
             (written if writes else read).update(self._memory(given.get(argument.name)))
         made = self._memory(result) - read
-        found = DETECTOR._handle_kernel_launch(
-            self._module.current_stream().number, read - written, written | made, made, str(func), defaultdict(list)
-        )
-        self.races += [str(func) for _ in found]
+        self._detect(read - written, written | made, str(func), made)
+
+    def _detect(self, read: set[int], written: set[int], name: str, made: Set[int] = frozenset()) -> None:
+        stream = self._module.current_stream().number
+        found = DETECTOR._handle_kernel_launch(stream, read, written, made, name, defaultdict(list))
+        self.races += [name for _ in found]
 
     def _memory(self, value: Any) -> set[int]:
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.device.type == DEVICE]
@@ -182,6 +205,18 @@ LEFT_OUT: dict[str, Callable[[], Any]] = {
 }
 
 
+@contextmanager
+def kernels_recorded(recorder: Recorder) -> Iterator[None]:
+    """Go the way of a device that Triton makes code for, but record launches of kernels instead of making them."""
+    with (
+        mock.patch.object(fused, "runs_on", return_value=True),
+        mock.patch.object(fused, "_works", return_value=True),
+        mock.patch.object(fused, "launch", recorder.launch_kernel),
+        mock.patch.object(fused, "_address", recorder.tell_address),
+    ):
+        yield
+
+
 def taken(recorder: Recorder) -> Counter[str]:
     """Take the launches since the last time."""
     launches = Counter(recorder.launches)
@@ -190,23 +225,23 @@ def taken(recorder: Recorder) -> Counter[str]:
 
 
 def record(
-    module: Module,
     config: dict[str, Any],
     parameters: dict[str, nn.Parameter],
     group_bytes: int,
     follow: bool,
     scaler: Scaler | None,
+    recorder: Recorder,
 ) -> dict[str, Any]:
     """Take some steps, and give what the last one asked of the device, and the races in all of them."""
     state = PowerSGDState(parameters.items(), PowerSGDConfig(**config), group_bytes)
     exchange = GradientExchange(state, follow_use_of=state.parameters if follow else None, scaler=scaler)
     # Of this exchange alone: memory of others is used anew.
     DETECTOR.__init__()  # type: ignore[misc]
-    recorder = Recorder(module)
     before_last = 0
+    # In the same memory in every step, as in DDP's buckets.
+    gradients = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}
     for _ in range(4):
         recorder.copies.clear()
-        gradients = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}
         of_exchange: Counter[str] = Counter()
         with recorder:
             exchange.begin_step()
@@ -251,9 +286,11 @@ def main() -> None:
             follow, group_bytes = settings.pop("follow", False), settings.pop("group_bytes", 2**40)
             scaler = Scaler() if settings.pop("scaler", False) else None
             without = LEFT_OUT[settings.pop("left_out", "nothing")]
+            recorder = Recorder(module)
+            with_kernels = kernels_recorded(recorder) if settings.pop("triton", False) else nullcontext()
             config = {"min_compression_ratio": 1.0, **settings}
-            with without():
-                result = record(module, config, parameters, group_bytes, follow, scaler)
+            with without(), with_kernels:
+                result = record(config, parameters, group_bytes, follow, scaler, recorder)
             results.append(result)
     print(json.dumps(results))
 
