@@ -11,7 +11,7 @@ NVIDIA := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg /proc/driver/nvidia/ve
 GPU_INDEX ?= https://pypi.org/simple
 GPU_VENV := $(if $(NVIDIA),.venv-gpu,$(VENV))
 
-.PHONY: demo notebooks test lint types unit docs gpu clean
+.PHONY: demo notebooks test lint types unit triton docs gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/compare.py
@@ -34,6 +34,11 @@ types: $(VENV)/.installed
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest
 	$(BIN)/python tests/other_namespace.py tests/strategies/test_powersgd.py tests/strategies/test_launch.py
+
+# The kernels for GPUs, without one: interpreted, and compiled. Downloads Triton.
+triton: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[triton]'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/compressor/test_fused.py tests/exchange/test_fused.py
 
 docs: $(VENV)/.installed
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build

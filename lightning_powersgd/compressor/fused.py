@@ -1,8 +1,8 @@
 """The passes over matrices that `passes` makes one by one, made for all matrices of a group in one launch, on a GPU.
 
-`kernels` has them in Triton's language, and Triton compiles them when they are first used. CUDA's builds of PyTorch bring
-Triton along. Before the first use on a device they are compared with PyTorch's operations there. Where Triton is missing,
-or they disagree, PyTorch computes.
+`kernels` has them in Triton's language, and Triton compiles them when they are first used. CUDA's builds of PyTorch
+bring Triton along. Before the first use on a device they are compared with PyTorch's operations there. Where Triton is
+missing, or they disagree, PyTorch computes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -31,11 +32,12 @@ LARGEST_RANK = 32
 # Inside a tile, elements are counted in 32 bits.
 _LARGEST_LENGTH = 2**24
 
-# Of each program: rows and columns of a matrix; entries of a factor; and threads, 32 each. A thread has 16 elements of a
-# tile, and nothing that it works on leaves its registers.
-_TILE = 64
-_ENTRIES = 512
-_WARPS = 8
+# Of each program: rows and columns of a matrix, or entries of a factor.
+TILE = 64
+ENTRIES = 512
+# A thread has 16 elements of a tile, and nothing that it works on leaves its registers. Products and sums are rounded
+# one by one: fused, they would round otherwise where a compiler chooses to fuse them.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 _MATRICES = (torch.float32, torch.bfloat16)
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,10 +122,10 @@ class FusedPasses:
             shapes.append(shape)
             addresses = (_address(gradient), _address(error), _address(basis), _address(out))
             rows.append((*addresses[:2], n, m, len(basis), addresses[2], begin, addresses[3]))
-            begin += _parts(shape[axis], _TILE) * out.numel()
+            begin += _parts(shape[axis], TILE) * out.numel()
         table = self._table(("project", axis, adds), rows)
         sums = torch.empty(begin, device=self._device)
-        constants = {"AXIS": axis, "MATRIX": self._dtypes.matrix, "TILE": _TILE, "WIDTH": len(rows[0])}
+        constants = {"AXIS": axis, "MATRIX": self._dtypes.matrix, "TILE": TILE, "WIDTH": len(rows[0])}
         launch(
             "project",
             self._tiles(("project", axis), shapes),
@@ -136,8 +138,8 @@ class FusedPasses:
             ERROR=self._dtypes.error,
             **constants,
         )
-        stretches = self._list(("add up", axis), [_parts(one.out.numel(), _ENTRIES) for one in matrices])
-        launch("add_up", stretches, table, sums, ENTRIES=_ENTRIES, **constants)
+        stretches = self._list(("add up", axis), [_parts(one.out.numel(), ENTRIES) for one in matrices])
+        launch("add_up", stretches, table, sums, ENTRIES=ENTRIES, **constants)
 
     def decompress(
         self, side: Side, matrices: Sequence[Decompression], scale: float | Tensor = 1.0, keep: Tensor | None = None
@@ -181,7 +183,7 @@ class FusedPasses:
             GRADIENT=self._dtypes.gradient,
             ERROR=self._dtypes.error,
             MATRIX=self._dtypes.matrix,
-            TILE=_TILE,
+            TILE=TILE,
             WIDTH=len(rows[0]),
         )
 
@@ -189,7 +191,7 @@ class FusedPasses:
         return scale.float() if isinstance(scale, Tensor) else _constant(scale, self._device)
 
     def _tiles(self, use: Hashable, shapes: Sequence[Sequence[int]]) -> Tensor:
-        return self._list(use, [_parts(n, _TILE) * _parts(m, _TILE) for n, m in shapes])
+        return self._list(use, [_parts(n, TILE) * _parts(m, TILE) for n, m in shapes])
 
     def _list(self, use: Hashable, counts: list[int]) -> Tensor:
         """List the parts of all matrices, (parts, 2): the number of the matrix, and that of the part in it."""
@@ -199,10 +201,10 @@ class FusedPasses:
 
         return self._kept(("parts of", use), counts, rows)
 
-    def _table(self, use: Hashable, rows: list[tuple[int, ...]]) -> Tensor:
+    def _table(self, use: Hashable, rows: Sequence[tuple[int, ...]]) -> Tensor:
         return self._kept(use, rows, lambda: rows)
 
-    def _kept(self, use: Hashable, content: Any, rows: Callable[[], list[tuple[int, ...]]]) -> Tensor:
+    def _kept(self, use: Hashable, content: Any, rows: Callable[[], Sequence[tuple[int, ...]]]) -> Tensor:
         """Give what lies on the device for a use, made anew if its content is another one."""
         before = self._tables.get(use)
         if before is None or before[0] != content:
@@ -223,9 +225,10 @@ def launch(kernel: str, parts: Tensor, table: Tensor, *others: Tensor | None, **
     """
     from lightning_powersgd.compressor import kernels  # loads Triton
 
-    given = {name: kernels.dtype(value) if isinstance(value, torch.dtype) else value for name, value in constants.items()}
-    # Products and sums are rounded one by one. Fused, they would round otherwise where a compiler chooses to.
-    getattr(kernels, kernel)[(len(parts),)](parts, table, *others, **given, num_warps=_WARPS, enable_fp_fusion=False)
+    given = {
+        name: kernels.dtype(value) if isinstance(value, torch.dtype) else value for name, value in constants.items()
+    }
+    getattr(kernels, kernel)[(len(parts),)](parts, table, *others, **given, **OPTIONS)
 
 
 def passes_for(device: torch.device, dtypes: Dtypes) -> FusedPasses | None:
@@ -259,6 +262,11 @@ def arithmetic(device: torch.device) -> str:
     return f"Triton {triton.__version__}"
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Launch kernels on a device, where there are several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @lru_cache(maxsize=16)
 def _constant(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, device=device)
@@ -270,7 +278,7 @@ def _works(device: torch.device, dtypes: Dtypes) -> bool:
     try:
         import triton  # noqa: F401  # or it says what is missing
 
-        with torch.cuda.device_of(torch.empty(0, device=device)), full_precision(device):
+        with _current(device), full_precision(device):
             _compare(device, dtypes)
     except Exception as error:  # whatever a compiler or a driver raises
         _log.warning(

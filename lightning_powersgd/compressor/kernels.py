@@ -41,7 +41,7 @@ def dtype(of: torch.dtype) -> Any:
 
 
 @_kernel
-def project(  # noqa: D417
+def project(
     parts,
     table,
     scale,
@@ -103,7 +103,7 @@ def project(  # noqa: D417
 
 
 @_kernel
-def add_up(  # noqa: D417
+def add_up(
     parts,
     table,
     sums,
@@ -139,7 +139,7 @@ def add_up(  # noqa: D417
 
 
 @_kernel
-def decompress(  # noqa: D417
+def decompress(
     parts,
     table,
     scale,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -156,7 +156,9 @@ def decompress_each(
     """
     together = {name: matrix for name, matrix in matrices.items() if matrix.fits(fused)}
     alone = len(together) < len(matrices)
-    keep_each = verdict.known_each(keep) if alone and keep is not None else [True] * len(matrices)
+    keep_each: Sequence[bool | Tensor] = [True] * len(matrices)
+    if alone and keep is not None:
+        keep_each = verdict.known_each(keep)
     if fused is not None and together:
         operands = [matrix.to_be_decompressed(own[name], average[name]) for name, matrix in together.items()]
         if alone and keep is not None:

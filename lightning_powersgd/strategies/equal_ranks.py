@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_powersgd.compressor import native
+from lightning_powersgd.compressor import fused, native
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.exchange.agreement import require_agreement
 from lightning_powersgd.namespaces import namespace_of
@@ -58,8 +58,10 @@ def describe_exchange(config: PowerSGDConfig, ddp_kwargs: Mapping[str, Any], dev
     for name in ("find_unused_parameters", "static_graph", "bucket_cap_mb"):
         arguments[f"the argument `{name}`"] = repr(ddp_kwargs.get(name))
     arguments["whether times decide on what is compressed"] = repr(config.compresses_where_faster)
+    # The averaged gradient is computed on each rank, and compiled code rounds otherwise than PyTorch's.
     if device.type == "cpu":
-        # The averaged gradient is computed on each rank, and compiled code rounds otherwise than PyTorch's.
         arithmetic = "compiled code" if native.library() else "PyTorch's operations"
         arguments[f"the arithmetic ({native.SWITCH}=0 is PyTorch's everywhere)"] = arithmetic
+    elif device.type == "cuda":
+        arguments[f"the arithmetic ({fused.SWITCH}=0 is PyTorch's everywhere)"] = fused.arithmetic(device)
     return arguments

@@ -26,9 +26,19 @@ BUDGETS: list[tuple[dict[str, Any], int, int, dict[str, int]]] = [
     ({**FULL, "scaler": True}, 6, 105, {}),
     ({**FULL, "warm_start": False}, 5, 120, {"to the device": 1}),
     ({**FULL, "start_step": 99}, 0, 3, {}),
+    # With Triton's kernels nothing is done for each matrix, but where PyTorch's operations are left to do it.
+    ({**FULL, "triton": True}, 0, 125, {}),
+    ({**FULL, "triton": True, "alternate": True}, 0, 110, {"to the host": 1}),
+    ({**FULL, "triton": True, "comm_dtype": "bfloat16"}, 0, 145, {}),
+    ({**FULL, "triton": True, "comm_dtype": "float16"}, 0, 230, {}),
+    ({**FULL, "triton": True, "dtype": "bfloat16"}, 0, 130, {}),
+    ({**FULL, "triton": True, "dtype": "float16"}, 0, 220, {}),
+    ({**FULL, "triton": True, "follow": True}, 0, 135, {"to the device": 1}),
+    ({**FULL, "triton": True, "scaler": True}, 0, 110, {}),
+    ({"rank": 33, "triton": True}, 5, 125, {}),
 ]
 # What keeps the exchange's stream and that of the backward pass in order.
-LEFT_OUT = [{**FULL, "left_out": "wait"}, {**FULL, "left_out": "join"}]
+LEFT_OUT = [{**FULL, "left_out": out, "triton": triton} for triton in (False, True) for out in ("wait", "join")]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +71,17 @@ def test_no_matrix_is_a_call_of_the_solver(found):
 
 
 def test_no_two_streams_use_the_same_memory_at_once(found):
-    *sound, without_wait, without_join = found
+    sound, unsound = found[: len(BUDGETS)], found[len(BUDGETS) :]
     assert not any(step["races"] for step in sound)
     # And it would be found out.
-    assert without_wait["races"]
-    assert without_join["races"]
+    assert all(step["races"] for step in unsound)
+
+
+def test_a_pass_over_a_group_is_a_launch_or_two_and_its_tables_of_addresses_are_made_once(found):
+    for (settings, _, _, _), step in zip(BUDGETS, found, strict=False):
+        if settings.get("triton") and settings["rank"] == 4:
+            projections = 1 if settings.get("alternate") else 2
+            assert step["launches"]["project"] == step["launches"]["add_up"] == projections
+            assert step["launches"]["decompress"] == 1
+            # Where tables are told anew, that is a copy to the device.
+            assert step["copies"].get("to the device", 0) == (1 if settings.get("follow") else 0)

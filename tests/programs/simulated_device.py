@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
@@ -154,9 +154,9 @@ class Recorder(TorchDispatchMode):
         made = self._memory(result) - read
         self._detect(read - written, written | made, str(func), made)
 
-    def _detect(self, read: set[int], written: set[int], name: str, made: Set[int] = frozenset()) -> None:
+    def _detect(self, read: set[int], written: set[int], name: str, made: set[int] | None = None) -> None:
         stream = self._module.current_stream().number
-        found = DETECTOR._handle_kernel_launch(stream, read, written, made, name, defaultdict(list))
+        found = DETECTOR._handle_kernel_launch(stream, read, written, made or set(), name, defaultdict(list))
         self.races += [name for _ in found]
 
     def _memory(self, value: Any) -> set[int]:
