@@ -38,7 +38,7 @@ unit: $(VENV)/.installed
 # The kernels for GPUs, without one: interpreted, and compiled. Downloads Triton.
 triton: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[triton]'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/compressor/test_fused.py tests/exchange/test_fused.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/compressor/test_fused.py tests/exchange/test_fused_steps.py
 
 docs: $(VENV)/.installed
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build
