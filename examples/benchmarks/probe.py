@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import common
@@ -50,12 +50,12 @@ class Comparison:
     measured: Measurement
 
     def forecast_seconds(self, contestant: Contestant) -> float:
-        """Give the forecast of a step in which the exchange overlaps with nothing."""
-        step = spread(self.measured.seconds[NO_EXCHANGE]).median
+        """Give the forecast of a step."""
+        answer = replace(self.answer, step_seconds=spread(self.measured.seconds[NO_EXCHANGE]).median)
         if contestant == ALL_REDUCE:
-            return step + self.answer.options[0].times.all_reduce_seconds
-        (option,) = (option for option in self.answer.options if option.rank == str(contestant.rank))
-        return step + option.times.powersgd_seconds
+            return answer.ddp_seconds
+        (option,) = (option for option in answer.options if option.rank == str(contestant.rank))
+        return answer.seconds(option)
 
 
 def compare(link: str, network: Network, contestants: list[Contestant], arguments: Any) -> Comparison:
@@ -132,8 +132,8 @@ def tabulate_steps(link: str, result: Comparison, title: str) -> ResultTable:
     table = ResultTable(
         f"{title}, {link}",
         ["step", "forecast, ms", "measured, ms", "quartiles", "forecast ÷ measured"],
-        f"Medians of {len(seconds[NO_EXCHANGE])} rounds. The forecast adds the exchange to a step without any, as if"
-        " nothing overlapped.",
+        f"Medians of {len(seconds[NO_EXCHANGE])} rounds. The forecast is that of the probe, for a step that takes as"
+        " long without any exchange as measured here.",
     )
     for contestant, samples in seconds.items():
         measured = spread(samples)

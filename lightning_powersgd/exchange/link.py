@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,29 +150,33 @@ def measure_link(
 def fit_link(world_size: int, samples: Sequence[Sample]) -> Link:
     """Fit the latency and the bandwidth of a ring to the medians of samples.
 
-    Of the lines through two of the points, or through one and the origin, with neither figure negative, it is the one
-    whose times are wrong by the smallest factors: by the least sum of logarithms. So a single size that something has
-    disturbed does not move it. Weights grow with the square of the place in the order of sizes, since most bytes travel
-    in large messages: if the two largest agree, they outweigh the others; of five sizes or more, none does alone.
+    The bandwidth is that of a line through two of the points, or through one and the origin, with neither figure
+    negative: of the line whose times are wrong by the smallest factors, by the least sum of logarithms, so that a
+    single size that something has disturbed does not move it. Weights grow with the square of the place in the order
+    of sizes, since most bytes travel in large messages: if the two largest agree, they outweigh the others; of five
+    sizes or more, none does alone. With that bandwidth, the latency makes the times wrong by the smallest factors if
+    all sizes count alike.
 
     Args:
         world_size: number of ranks.
         samples: of two sizes or more, in the order of the sizes.
     """
-    sizes = [float(sample.payload_bytes) for sample in samples]
-    times = [sample.seconds for sample in samples]
-    points = list(zip(sizes, times, strict=True))
+    points = [(float(sample.payload_bytes), sample.seconds) for sample in samples]
+
+    def deviation(start: float, slope: float, weights: Iterable[float]) -> float:
+        factors = [(start + slope * b) / t for b, t in points]
+        return sum(weight * abs(math.log(factor)) for weight, factor in zip(weights, factors, strict=True))
+
+    squares, ones = [place**2 for place in range(1, len(points) + 1)], [1] * len(points)
+
     lines = [(0.0, t / b) for b, t in points]
     for (b1, t1), (b2, t2) in itertools.combinations(points, 2):
         slope = (t2 - t1) / (b2 - b1)
         if slope > 0 and t1 >= slope * b1:
             lines.append((t1 - slope * b1, slope))
-
-    def deviation(line: tuple[float, float]) -> float:
-        start, slope = line
-        return sum(weight**2 * abs(math.log((start + slope * b) / t)) for weight, (b, t) in enumerate(points, 1))
-
-    start, slope = min(lines, key=deviation)
+    start, slope = min(lines, key=lambda line: deviation(*line, squares))
+    starts = [start, 0.0, *(max(t - slope * b, 0.0) for b, t in points)]
+    start = min(starts, key=lambda start: deviation(start, slope, ones))
     latency = start / (2 * (world_size - 1))
     return Link(world_size, latency, _sent_bits(1, world_size) / slope, tuple(samples))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_powersgd.compressor.config import AUTO
-from lightning_powersgd.exchange.link import Link
+from lightning_powersgd.exchange.link import Link, ring_seconds
 from lightning_powersgd.planner.forecast import Forecast, LinkForecast
 from lightning_powersgd.planner.report import LEFT_OUT
 from lightning_powersgd.planner.tables import make_table
@@ -16,6 +16,9 @@ from lightning_powersgd.planner.units import format_bytes, format_rate, format_r
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+# Of a step without exchange: it has about twice the arithmetic of the forward pass.
+_BACKWARD_SHARE = 2 / 3
 
 # A setting that saves this share of what the fastest saves is as good as that, and loses less of the gradients.
 _NEARLY_ALL = 0.9
@@ -35,11 +38,6 @@ class Option:
     forecast: Forecast
     times: LinkForecast
 
-    @property
-    def saved_seconds(self) -> float:
-        """Seconds that a step is shorter than with the faster rival, if nothing overlaps; negative if it is longer."""
-        return self.times.rival_seconds - self.times.powersgd_seconds
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -54,32 +52,51 @@ class Answer:
     step_seconds: float | None
 
     @property
+    def ddp_seconds(self) -> float:
+        """Seconds of a step with plain DDP, or of its exchange alone if nothing is known of the step."""
+        first = self.options[0]
+        if self.step_seconds is None:
+            return first.times.all_reduce_seconds
+        return seconds_with_ddp(first.forecast, first.times.bits_per_second, self.step_seconds)
+
+    def seconds(self, option: Option) -> float:
+        """Give the seconds of a step with a setting, or of its exchange alone if nothing is known of the step.
+
+        Nothing of it hides behind the backward pass: on processors that compute what they send, hardly anything does.
+        """
+        return (self.step_seconds or 0.0) + option.times.powersgd_seconds
+
+    def saved_seconds(self, option: Option) -> float:
+        """Give the seconds by which a step is shorter than with plain DDP; negative if it is longer."""
+        return self.ddp_seconds - self.seconds(option)
+
+    @property
     def best(self) -> Option | None:
         """The setting that sends most among those that save nearly as much as the fastest; ``None``: plain DDP."""
-        fastest = max(self.options, key=lambda option: option.saved_seconds)
-        if not fastest.times.pays:
+        most = max(map(self.saved_seconds, self.options))
+        if most <= 0 or not self.options[0].forecast.break_even:
             return None
-        good = [option for option in self.options if option.saved_seconds >= _NEARLY_ALL * fastest.saved_seconds]
+        good = [option for option in self.options if self.saved_seconds(option) >= _NEARLY_ALL * most]
         return max(good, key=lambda option: option.forecast.sent_bytes)
 
     def verdict(self) -> Iterator[str]:
         """Say what to do, in sentences."""
         best = self.best
+        what = "exchange" if self.step_seconds is None else "step"
         if best is None:
-            times = self.options[0].times
-            hook = " with the bf16 hook" if times.bf16_seconds < times.all_reduce_seconds else ""
-            yield f"Stay with DDP{hook}. On {times}"
+            fastest = min(self.options, key=self.seconds)
+            yield (
+                f"Stay with DDP. Its {what} takes {format_seconds(self.ddp_seconds)}, and at rank {fastest.rank}"
+                f" PowerSGD's would take {format_seconds(self.seconds(fastest))}."
+            )
             return
         setting = f"PowerSGDStrategy(rank={best.rank})"
         if not best.rank.isdecimal():
             setting = "PowerSGDStrategy()" if best.rank == AUTO else f"PowerSGDStrategy(...), --rank {best.rank}"
-        saved = f"saves {format_seconds(best.saved_seconds)} a step beside {best.times.rival}"
-        if self.step_seconds is not None:
-            least, most = best.times.least_speedup(self.step_seconds), best.times.speedup(self.step_seconds)
-            saved += f", which makes a step {least:.2f} to {most:.2f} times as fast"
-        yield f"Best setting: {setting}. It {saved}."
-        if self.step_seconds is not None and least <= 1:
-            yield f"If all of {best.times.rival} hides behind the backward pass, it stays the faster one: measure both."
+        yield (
+            f"Best setting: {setting}. Its {what} takes {format_seconds(self.seconds(best))} instead of"
+            f" {format_seconds(self.ddp_seconds)}, {format_ratio(self.ddp_seconds / self.seconds(best))} faster."
+        )
         turn = best.forecast.plan.turnaround(alternate=best.forecast.config.alternate)
         yield (
             f"Each direction of a gradient has its turn within about {turn:,.0f} steps. Accuracy asks for a training"
@@ -89,12 +106,12 @@ class Answer:
     def to_json(self) -> dict[str, Any]:
         """Give everything that is known, in types that JSON has. docs/planner.md describes it."""
         first = self.options[0]
-        step = self.step_seconds
+        with_step = self.step_seconds is not None
         return {
-            "step_seconds": step,
+            "step_seconds": self.step_seconds,
             "dense_bytes": first.forecast.dense_bytes,
             "all_reduce_seconds": first.times.all_reduce_seconds,
-            "bf16_seconds": first.times.bf16_seconds,
+            "ddp_step_seconds": self.ddp_seconds if with_step else None,
             "best_rank": None if self.best is None else self.best.rank,
             "options": [
                 {
@@ -104,14 +121,31 @@ class Answer:
                     "powersgd_seconds": option.times.powersgd_seconds,
                     "compress_seconds": option.times.compress_seconds,
                     "network_seconds": option.times.network_seconds,
-                    "saved_seconds": option.saved_seconds,
-                    "pays": option.times.pays,
-                    "step_speedup": None if step is None else option.times.speedup(step),
-                    "least_step_speedup": None if step is None else option.times.least_speedup(step),
+                    "step_seconds": self.seconds(option) if with_step else None,
+                    "saved_seconds": self.saved_seconds(option),
                 }
                 for option in self.options
             ],
         }
+
+
+def seconds_with_ddp(forecast: Forecast, bits_per_second: float, step_seconds: float) -> float:
+    """Forecast a step with plain DDP, which sends a bucket while the backward pass computes the next ones.
+
+    The backward pass takes two thirds of a step, and its time is spread over gradients by their bytes.
+
+    Args:
+        forecast: of the model.
+        bits_per_second: of the link.
+        step_seconds: of forward and backward without any exchange.
+    """
+    done = begun = (1 - _BACKWARD_SHARE) * step_seconds
+    computed = 0.0
+    for payload in forecast.dense_payloads:
+        computed += payload / forecast.dense_bytes
+        ready = begun + computed * _BACKWARD_SHARE * step_seconds
+        done = max(done, ready) + ring_seconds([payload], forecast.world_size, forecast.latency, bits_per_second)
+    return done
 
 
 def sample_table(link: Link) -> Table:
@@ -131,29 +165,27 @@ def sample_table(link: Link) -> Table:
     return table
 
 
-def option_table(options: Sequence[Option], step_seconds: float | None) -> Table:
+def option_table(answer: Answer) -> Table:
     """Make the table of what plain DDP and each setting take on the link."""
-    first = options[0]
+    first = answer.options[0]
+    with_step = answer.step_seconds is not None
     table = make_table()
     table.add_column("exchange", no_wrap=True)
-    for heading in ("sent", "takes", "= computing", "+ network", "saves", *([] if step_seconds is None else ["step"])):
+    for heading in ("sent", "takes", "= computing", "+ network", *(["step"] if with_step else []), "saves"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, sent, seconds in (
-        ("DDP", first.forecast.dense_bytes, first.times.all_reduce_seconds),
-        ("DDP, bf16 hook", sum(first.forecast.bf16_payloads), first.times.bf16_seconds),
-    ):
-        step = [] if step_seconds is None else [format_seconds(step_seconds + seconds)]
-        table.add_row(name, format_bytes(sent), format_seconds(seconds), "", "", "", *step)
-    for option in options:
-        times = option.times
-        gain = format_seconds(option.saved_seconds) if option.saved_seconds > 0 else "nothing"
-        step = [] if step_seconds is None else [format_seconds(step_seconds + times.powersgd_seconds)]
+    step = [format_seconds(answer.ddp_seconds)] if with_step else []
+    table.add_row(
+        "DDP", format_bytes(first.forecast.dense_bytes), format_seconds(first.times.all_reduce_seconds), "", "", *step
+    )
+    for option in answer.options:
+        times, saved = option.times, answer.saved_seconds(option)
+        step = [format_seconds(answer.seconds(option))] if with_step else []
         table.add_row(
             f"PowerSGD, rank {option.rank}",
             f"{format_bytes(option.forecast.sent_bytes)} ({format_ratio(option.forecast.compression_ratio)})",
             *map(format_seconds, (times.powersgd_seconds, times.compress_seconds, times.network_seconds)),
-            f"[{'green' if times.pays else 'yellow'}]{gain}",
             *step,
+            f"[green]{format_seconds(saved)}" if saved > 0 else "[yellow]nothing",
         )
     return table
 
@@ -187,10 +219,11 @@ def print_probe(console: Console, where: str, link: Link, answer: Answer | None)
         return
     console.print()
     say("Exchange of one step's gradients on this network", "bold")
-    console.print(option_table(answer.options, answer.step_seconds))
+    console.print(option_table(answer))
     console.print()
     for line in answer.verdict():
         say(line, "" if answer.best else "yellow")
     measured_on = answer.options[0].forecast.measured_on
     origin = f"was measured on {measured_on}, by all processes at once" if measured_on else "was given"
-    say(f"Computing {origin}. {LEFT_OUT}", "dim")
+    overlap = "DDP's step hides what it can of the all-reduce behind the backward pass, PowerSGD's hides nothing. "
+    say(f"Computing {origin}. {LEFT_OUT if answer.step_seconds is None else overlap}".strip(), "dim")
