@@ -174,7 +174,7 @@ def fit_link(world_size: int, samples: Sequence[Sample]) -> Link:
         slope = (t2 - t1) / (b2 - b1)
         if slope > 0 and t1 >= slope * b1:
             lines.append((t1 - slope * b1, slope))
-    start, slope = min(lines, key=lambda line: deviation(*line, squares))
+    start, slope = min(lines, key=lambda line: deviation(line[0], line[1], squares))
     starts = [start, 0.0, *(max(t - slope * b, 0.0) for b, t in points)]
     start = min(starts, key=lambda start: deviation(start, slope, ones))
     latency = start / (2 * (world_size - 1))
