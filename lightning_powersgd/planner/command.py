@@ -217,7 +217,9 @@ def _report_probe(
     where = f"{link.world_size} processes on {machines} machine{'s' if machines > 1 else ''}"
     print_probe(console, f"{where}, {medium.backend}, {medium.device}", link, answer)
     if machines == 1:
-        alone = "All processes are on this machine, so that this is its memory, and no network between machines."
+        alone = (
+            "All processes give their machine the same name. If it is one, no network between machines was measured."
+        )
         console.print(alone, style="yellow", highlight=False)
     if arguments.link_file is not None:
         file = f"Link: {arguments.link_file}"

@@ -158,7 +158,7 @@ class Patience:
             self._timer.cancel()
 
     def _end(self) -> None:
-        print(self._message, file=sys.stderr, flush=True)
+        print(f"lightning-powersgd probe: {self._message}", file=sys.stderr, flush=True)
         # A collective of NCCL that hangs cannot be interrupted.
         os._exit(2)
 

@@ -112,9 +112,9 @@ def test_a_table_for_a_model(zoo, capsys):
     assert "exchange sent takes = computing + network step saves" in rows
     exchanges = [row.split(" kB")[0].rpartition(" ")[0] for row in rows if row.startswith(("DDP ", "PowerSGD, "))]
     assert exchanges == ["DDP"] + [f"PowerSGD, rank {rank}" for rank in ("auto", 1, 2, 4, 8)]
-    assert any(row.startswith(("Best setting: PowerSGDStrategy(", "Stay with DDP. On ")) for row in rows)
+    assert any(row.startswith(("Best setting: PowerSGDStrategy(", "Stay with DDP. Its step takes ")) for row in rows)
     assert any("was measured on this CPU with 1 thread, by all processes at once." in row for row in rows)
-    assert any(row.startswith("All processes are on this machine") for row in rows)
+    assert any(row.startswith("All processes give their machine the same name") for row in rows)
 
 
 def test_torchrun(zoo):
@@ -270,7 +270,7 @@ def test_patience_ends_what_is_stuck(monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", lambda code: over.set())
     with Patience(0.0, "Rank 0 has heard nothing.") as patience:
         assert over.wait(60)
-        assert capsys.readouterr().err == "Rank 0 has heard nothing.\n"
+        assert capsys.readouterr().err == "lightning-powersgd probe: Rank 0 has heard nothing.\n"
         patience.renew()
     with Patience(1000.0, "never"):
         pass
