@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,25 @@ class Answer:
             return first.times.all_reduce_seconds
         return seconds_with_ddp(first.forecast, first.times.bits_per_second, self.step_seconds)
 
+    @property
+    def bf16_seconds(self) -> float:
+        """The same with the bf16 hook, whose casts hide nowhere."""
+        first = self.options[0]
+        if self.step_seconds is None:
+            return first.times.bf16_seconds
+        forecast, rate = first.forecast, first.times.bits_per_second
+        return forecast.cast_seconds + seconds_with_ddp(forecast, rate, self.step_seconds, forecast.bf16_payloads)
+
+    @property
+    def rival(self) -> str:
+        """The faster one of plain DDP and DDP with the bf16 hook."""
+        return "DDP with the bf16 hook" if self.bf16_seconds < self.ddp_seconds else "DDP"
+
+    @property
+    def rival_seconds(self) -> float:
+        """Seconds of a step with that, or of its exchange alone if nothing is known of the step."""
+        return min(self.ddp_seconds, self.bf16_seconds)
+
     def seconds(self, option: Option) -> float:
         """Give the seconds of a step with a setting, or of its exchange alone if nothing is known of the step.
 
@@ -67,8 +86,8 @@ class Answer:
         return (self.step_seconds or 0.0) + option.times.powersgd_seconds
 
     def saved_seconds(self, option: Option) -> float:
-        """Give the seconds by which a step is shorter than with plain DDP; negative if it is longer."""
-        return self.ddp_seconds - self.seconds(option)
+        """Give the seconds by which a step is shorter than with the faster rival; negative if it is longer."""
+        return self.rival_seconds - self.seconds(option)
 
     @property
     def best(self) -> Option | None:
@@ -86,8 +105,8 @@ class Answer:
         if best is None:
             fastest = min(self.options, key=self.seconds)
             yield (
-                f"Stay with DDP. Its {what} takes {format_seconds(self.ddp_seconds)}, and at rank {fastest.rank}"
-                f" PowerSGD's would take {format_seconds(self.seconds(fastest))}."
+                f"Stay with {self.rival}. Its {what} takes {format_seconds(self.rival_seconds)}, and at rank"
+                f" {fastest.rank} PowerSGD's would take {format_seconds(self.seconds(fastest))}."
             )
             return
         setting = f"PowerSGDStrategy(rank={best.rank})"
@@ -95,7 +114,8 @@ class Answer:
             setting = "PowerSGDStrategy()" if best.rank == AUTO else f"PowerSGDStrategy(...), --rank {best.rank}"
         yield (
             f"Best setting: {setting}. Its {what} takes {format_seconds(self.seconds(best))} instead of"
-            f" {format_seconds(self.ddp_seconds)}, {format_ratio(self.ddp_seconds / self.seconds(best))} faster."
+            f" {format_seconds(self.rival_seconds)} with {self.rival},"
+            f" {format_ratio(self.rival_seconds / self.seconds(best))} faster."
         )
         turn = best.forecast.plan.turnaround(alternate=best.forecast.config.alternate)
         yield (
@@ -111,7 +131,9 @@ class Answer:
             "step_seconds": self.step_seconds,
             "dense_bytes": first.forecast.dense_bytes,
             "all_reduce_seconds": first.times.all_reduce_seconds,
+            "bf16_seconds": first.times.bf16_seconds,
             "ddp_step_seconds": self.ddp_seconds if with_step else None,
+            "bf16_step_seconds": self.bf16_seconds if with_step else None,
             "best_rank": None if self.best is None else self.best.rank,
             "options": [
                 {
@@ -129,7 +151,9 @@ class Answer:
         }
 
 
-def seconds_with_ddp(forecast: Forecast, bits_per_second: float, step_seconds: float) -> float:
+def seconds_with_ddp(
+    forecast: Forecast, bits_per_second: float, step_seconds: float, payloads: Sequence[int] | None = None
+) -> float:
     """Forecast a step with plain DDP, which sends a bucket while the backward pass computes the next ones.
 
     The backward pass takes two thirds of a step, and its time is spread over gradients by their bytes.
@@ -138,11 +162,13 @@ def seconds_with_ddp(forecast: Forecast, bits_per_second: float, step_seconds: f
         forecast: of the model.
         bits_per_second: of the link.
         step_seconds: of forward and backward without any exchange.
+        payloads: bytes of each bucket on the network; ``None``: those of the gradients as they are.
     """
+    payloads = forecast.dense_payloads if payloads is None else payloads
     done = begun = (1 - _BACKWARD_SHARE) * step_seconds
     computed = 0.0
-    for payload in forecast.dense_payloads:
-        computed += payload / forecast.dense_bytes
+    for payload in payloads:
+        computed += payload / sum(payloads)
         ready = begun + computed * _BACKWARD_SHARE * step_seconds
         done = max(done, ready) + ring_seconds([payload], forecast.world_size, forecast.latency, bits_per_second)
     return done
@@ -173,10 +199,12 @@ def option_table(answer: Answer) -> Table:
     table.add_column("exchange", no_wrap=True)
     for heading in ("sent", "takes", "= computing", "+ network", *(["step"] if with_step else []), "saves"):
         table.add_column(heading, justify="right", no_wrap=True)
-    step = [format_seconds(answer.ddp_seconds)] if with_step else []
-    table.add_row(
-        "DDP", format_bytes(first.forecast.dense_bytes), format_seconds(first.times.all_reduce_seconds), "", "", *step
-    )
+    for name, sent, exchange, step_with in (
+        ("DDP", first.forecast.dense_bytes, first.times.all_reduce_seconds, answer.ddp_seconds),
+        ("DDP, bf16 hook", sum(first.forecast.bf16_payloads), first.times.bf16_seconds, answer.bf16_seconds),
+    ):
+        step = [format_seconds(step_with)] if with_step else []
+        table.add_row(name, format_bytes(sent), format_seconds(exchange), "", "", *step)
     for option in answer.options:
         times, saved = option.times, answer.saved_seconds(option)
         step = [format_seconds(answer.seconds(option))] if with_step else []
