@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 import warnings
 from pathlib import Path
 
+import pytest
 from models import Classifier, loader
 
 import lightning_powersgd
 from lightning_powersgd import make_topology
 from lightning_powersgd.exchange.topology import ALL, TOPOLOGIES
+from lightning_powersgd.planner.command import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 GOSSIP = (DOCS / "gossip.md").read_text()
@@ -55,3 +59,23 @@ def test_the_topologies_of_the_gossip_page_have_these_figures():
         assert gaps == ", ".join(f"{graph.spectral_gap:.3g}" for graph in graphs), name
         used = [re.search(r"([\d.]+) used by a rank", graph.summary())[1] for graph in graphs]
         assert links.split(";")[0] == ", ".join(used), name
+
+
+# Of the page of public reports: each command, and what it prints of it.
+REPORTS = re.findall(
+    r"^```\nlightning-powersgd (plan .+?)\n```\n\n```text\n(.+?)\n```$",
+    (DOCS / "why-slower.md").read_text(),
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@pytest.mark.parametrize(("command", "output"), REPORTS)
+def test_the_reports_are_what_the_planner_prints(command, output, monkeypatch, capsys):
+    monkeypatch.chdir(DOCS.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the planner adds the model's folder
+    assert main(shlex.split(command.replace("\\\n", " "))) == 0
+    assert output in capsys.readouterr().out
+
+
+def test_there_are_five_reports():
+    assert len(REPORTS) == 5
