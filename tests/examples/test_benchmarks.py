@@ -279,6 +279,7 @@ def test_a_table_says_what_a_step_asked_of_a_gpu():
 
     full = Contestant("full", 2)
     measured = Measurement({NO_EXCHANGE: [1.0], full: [1.5], step.ALL_REDUCE: [2.0]})
+    measured.cpu_seconds = measured.seconds
     measured.sent_bytes = dict.fromkeys(measured.seconds, 1e3)
     measured.collectives = dict.fromkeys(measured.seconds, 1)
     measured.failures[Contestant("bf16 hook")] = "out of memory"
