@@ -159,8 +159,9 @@ class Task:
             return Alone(average_model=settings["alone"] == "average", log_metrics=False)
         if "start_step" in settings:
             settings = {**settings, "start_step": round(settings["start_step"] * steps)}
-        # At the end, averaging the errors for a checkpoint would count as much as a hundred steps.
-        return PowerSGDStrategy(**settings, log_metrics=False, checkpoint_error_feedback=False)
+        # At the end, averaging the errors for a checkpoint would count as much as a hundred steps. And what is to be
+        # studied are compressed steps, however fast the network is.
+        return PowerSGDStrategy(**settings, compress="always", log_metrics=False, checkpoint_error_feedback=False)
 
     def bytes_per_step(self, strategy: DDPStrategy, dense_bytes: int, steps: int) -> float:
         """Count what a process handed to collectives in a step of a training that is over."""
