@@ -47,9 +47,9 @@ class PowerSGDConfig:
             each factor its own. None is the gradient's, which parameters that are sent whole always keep.
         seed: of the first random factors, which depend on it and on the parameters' names alone.
         compress: "always", or "auto" to compress only where that makes a step faster. The ranks then measure the
-            network and the arithmetic for about a second when training starts, and send a matrix whole where that takes
-            less time. In training they time a few compressed and a few exact steps, at the beginning and every 3,000
-            steps, and go on with the faster ones. What is decided depends on times: runs with equal seeds may differ.
+            network and the arithmetic for a second when training starts, and send a matrix whole where that clearly
+            takes less time. In training they time a few compressed and a few exact steps, at the beginning and every
+            3,000 steps, and go on with the faster ones. Decisions depend on times: runs with equal seeds may differ.
             None is "auto" beside ``rank="auto"``, unless deterministic algorithms are asked for, and else "always".
 
     Raises:

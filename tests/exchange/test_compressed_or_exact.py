@@ -226,7 +226,8 @@ def _damaged() -> None:
     [(1e-6, []), (1e6, ["0.weight", "3.weight", "5.weight", "7.weight"]), (1.0, ["0.weight", "5.weight", "7.weight"])],
 )
 def test_what_is_not_worth_compressing_is_sent_whole(two_ranks, gigabits, whole):
-    # A matrix takes 50 µs, whatever its size; the largest has 55 kB, which take 440 µs on a link of 1 Gbit/s.
+    # A matrix takes 100 µs, whatever its size, and may take twice what it saves; the largest has 55 kB, which take
+    # 440 µs on a link of 1 Gbit/s.
     for found, link, forecast, kinds in two_ranks.run(_weigh, gigabits):
         assert found == whole
         assert link == gigabits * 1e9
@@ -237,7 +238,7 @@ def test_what_is_not_worth_compressing_is_sent_whole(two_ranks, gigabits, whole)
 def _weigh(gigabits: float) -> tuple[list[str], float, float, str]:
     model, exchange = attach(make_net(), **AUTO)
 
-    with a_link_of(gigabits * 1e9, seconds_per_matrix=5e-5):
+    with a_link_of(gigabits * 1e9, seconds_per_matrix=1e-4):
         given = leave_whole_what_is_not_worth_it(exchange)
     forecast = exchange.state.trial.exact_forecast
     kinds = train(model, exchange, 3)["kinds"]
