@@ -13,6 +13,9 @@ import torch
 from hypothesis import settings
 from ranks import Ranks
 
+# Looked through for doctests otherwise, and it needs Triton.
+collect_ignore = ["programs/compiled_kernels.py"]
+
 # The same examples in every run, so that a test that passes here passes everywhere. To look for new ones:
 # `pytest tests/test_properties.py --hypothesis-profile=search`.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
