@@ -32,17 +32,20 @@ def main(epochs: int = 1) -> None:
     if CHECKPOINT.exists():
         fabric.load(CHECKPOINT, state)
     for _ in range(epochs):
+        losses = []
         for images, labels in batches:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels)
             fabric.backward(loss)
             fabric.clip_gradients(model, optimizer, max_norm=5.0)
             optimizer.step()
+            losses.append(loss.detach())
         state["epoch"] += 1
         fabric.save(CHECKPOINT, state)
         [exchange] = fabric.strategy.exchanges
         sent, dense = exchange.state.sent_bytes, exchange.state.dense_bytes
-        fabric.print(f"epoch {state['epoch']}: loss {loss.item():.2f}, {sent:,} of {dense:,} bytes a step sent")
+        mean = torch.stack(losses).mean()
+        fabric.print(f"epoch {state['epoch']}: loss {mean:.2f}, {sent:,} of {dense:,} bytes a step sent")
 
 
 if __name__ == "__main__":
