@@ -153,7 +153,9 @@ class GradientExchange:
     @property
     def compressing(self) -> bool:
         """Whether the gradients of this step, or between steps of the next one, are compressed."""
-        return self.state.compressing and not self.alone and self.compresses_any
+        # Where nothing is compressed and nobody asks for speed, groups stay: their sums have one order, also after a
+        # resume, where DDP's buckets have another one in its first step.
+        return self.state.compressing and not self.alone and (self.compresses_any or self.state.trial is None)
 
     @property
     def compresses_any(self) -> bool:
