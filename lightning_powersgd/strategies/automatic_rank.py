@@ -81,6 +81,10 @@ def say_what_is_compressed(exchange: GradientExchange, steps: float = math.inf) 
     """
     plan, config = exchange.plan, exchange.state.config
     summary = plan.summary(alternate=config.alternate)
+    if exchange.state.whole and not any(plan.compressed):
+        # The network is the reason, which was said (see `never_slower`).
+        rank_zero_info(f"{summary}.")
+        return
     if not config.automatic:
         say = rank_zero_info if any(plan.compressed) else rank_zero_warn
         say(f"{summary}.")

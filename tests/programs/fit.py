@@ -36,8 +36,9 @@ def main(strategy: str, directory: str) -> None:
         strategy=strategy,
         accelerator="cpu",
         devices=2,
-        # So long that the automatic rank compresses; it is ended early.
+        # So long that the automatic rank compresses; it is ended early. And it compresses however fast the network is.
         max_steps=1000,
+        deterministic=True,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
