@@ -41,6 +41,27 @@ def dtype(of: torch.dtype) -> Any:
 
 
 @_kernel
+def _tile(parts, table, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """Find what a program works on.
+
+    Returns:
+        The matrix's row of the table; n, m and r; the tile's place, counted down and along; its rows and columns in the
+        matrix, and which of its elements are inside; and in memory, where it begins and where its elements are from
+        there.
+    """
+    part = parts + 2 * tl.program_id(0)
+    row = table + WIDTH * tl.load(part)
+    tile = tl.load(part + 1).to(tl.int32)
+    n, m, r = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
+    down, along = tile // tl.cdiv(m, TILE), tile % tl.cdiv(m, TILE)
+    i, j = down * TILE + tl.arange(0, TILE), along * TILE + tl.arange(0, TILE)
+    inside = (i < n)[:, None] & (j < m)[None, :]
+    begin = down.to(tl.int64) * TILE * m + along * TILE
+    at = tl.arange(0, TILE)[:, None] * m + tl.arange(0, TILE)[None, :]
+    return row, n, m, r, down, along, i, j, inside, begin, at
+
+
+@_kernel
 def project(
     parts,
     table,
@@ -69,15 +90,7 @@ def project(
         TILE: rows and columns of a tile.
         WIDTH: of the table.
     """
-    part = parts + 2 * tl.program_id(0)
-    row = table + WIDTH * tl.load(part)
-    tile = tl.load(part + 1).to(tl.int32)
-    n, m, r = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
-    down, along = tile // tl.cdiv(m, TILE), tile % tl.cdiv(m, TILE)
-    i, j = down * TILE + tl.arange(0, TILE), along * TILE + tl.arange(0, TILE)
-    inside = (i < n)[:, None] & (j < m)[None, :]
-    begin = down.to(tl.int64) * TILE * m + along * TILE
-    at = tl.arange(0, TILE)[:, None] * m + tl.arange(0, TILE)[None, :]
+    row, n, m, r, down, along, i, j, inside, begin, at = _tile(parts, table, TILE, WIDTH)
 
     # M = G + s E
     gradient = tl.load(row).to(tl.pointer_type(GRADIENT)) + begin
@@ -171,15 +184,7 @@ def decompress(
         TILE: rows and columns of a tile.
         WIDTH: of the table.
     """
-    part = parts + 2 * tl.program_id(0)
-    row = table + WIDTH * tl.load(part)
-    tile = tl.load(part + 1).to(tl.int32)
-    n, m, r = tl.load(row + 2).to(tl.int32), tl.load(row + 3).to(tl.int32), tl.load(row + 4).to(tl.int32)
-    down, along = tile // tl.cdiv(m, TILE), tile % tl.cdiv(m, TILE)
-    i, j = down * TILE + tl.arange(0, TILE), along * TILE + tl.arange(0, TILE)
-    inside = (i < n)[:, None] & (j < m)[None, :]
-    begin = down.to(tl.int64) * TILE * m + along * TILE
-    at = tl.arange(0, TILE)[:, None] * m + tl.arange(0, TILE)[None, :]
+    row, n, m, r, _, _, i, j, inside, begin, at = _tile(parts, table, TILE, WIDTH)
 
     gradient = tl.load(row).to(tl.pointer_type(GRADIENT)) + begin
     average = tl.zeros((TILE, TILE), tl.float32)

@@ -65,6 +65,11 @@ class Slot:
     split: int = 1
 
     @property
+    def kind(self) -> Slot:
+        """What it has in common with parameters that cost the same: all but the name."""
+        return replace(self, name="")
+
+    @property
     def numel(self) -> int:
         """Elements of the gradient."""
         return math.prod(self.shape)

@@ -103,6 +103,21 @@ def of_all_ranks(mine: T, process_group: dist.ProcessGroup | None) -> list[T]:
     return everyone
 
 
+def largest_of_ranks(numbers: Sequence[float], device: torch.device, *groups: dist.ProcessGroup | None) -> list[float]:
+    """Give the largest of each number over all ranks of some groups. Every rank must call this.
+
+    Args:
+        numbers: as many on every rank.
+        device: of the collectives.
+        groups: one after another; ``None`` is the default group.
+    """
+    largest = torch.tensor(numbers, dtype=torch.float64, device=device)
+    for group in groups:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    given: list[float] = largest.tolist()
+    return given
+
+
 def in_common(tensors: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
     """Pick the tensors that all ranks have, in the same shape and dtype: in the first rank's order, on every rank.
 

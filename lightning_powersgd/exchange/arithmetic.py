@@ -131,7 +131,7 @@ def _sample(plan: Plan, share: float, *, alternate: bool) -> tuple[list[tuple[st
     """Give named parameters, on the meta device, that are a share of a plan's, and their ranks."""
     sample: list[tuple[str, Tensor]] = []
     ranks: dict[str, Rank] = {}
-    for kind, count in Counter(replace(slot, name="") for slot in plan.slots).items():
+    for kind, count in Counter(slot.kind for slot in plan.slots).items():
         shape = kind.shape
         if shape and count * share < 1:
             shape = _shortened(kind, max(4 * kind.rank, round(kind.rows * count * share), 1), alternate=alternate)

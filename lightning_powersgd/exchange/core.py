@@ -48,6 +48,7 @@ from lightning_powersgd.compressor.precision import full_precision
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.trial import Trial
 from lightning_powersgd.compressor.verdict import any_of, known
+from lightning_powersgd.exchange.agreement import largest_of_ranks
 from lightning_powersgd.exchange.averages import mean_over_ranks
 from lightning_powersgd.exchange.groups import CompressedGroup, ExactGroup
 from lightning_powersgd.exchange.lane import Lane
@@ -392,12 +393,8 @@ class GradientExchange:
 
     def slowest(self, seconds: Sequence[float]) -> list[float]:
         """Give the longest times of all ranks that must decide alike. Every rank must call it."""
-        longest = torch.tensor(seconds, dtype=torch.float32, device=self._device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self.process_group)
-        if self._judges is not None:
-            dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._judges)
-        slowest: list[float] = longest.tolist()
-        return slowest
+        judges = [] if self._judges is None else [self._judges]
+        return largest_of_ranks(seconds, self._device, self.process_group, *judges)
 
     def _lay_out(self) -> None:
         """Make the groups and the wires of the state's plan."""

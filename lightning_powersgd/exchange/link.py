@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from lightning_powersgd.exchange.agreement import largest_of_ranks
+
 # From a message that is all latency, 4 kB, to one that is larger than DDP's buckets, 64 MiB.
 _GROWTH = 4
 MESSAGE_BYTES = tuple(_GROWTH**exponent for exponent in range(6, 14))
@@ -229,7 +231,4 @@ class _Meter:
 
     def slowest(self, mine: Sequence[float]) -> list[float]:
         """Give the largest of each number over all ranks."""
-        numbers = torch.tensor(mine, dtype=torch.float64, device=self._device)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
-        largest: list[float] = numbers.tolist()
-        return largest
+        return largest_of_ranks(mine, self._device, self._group)

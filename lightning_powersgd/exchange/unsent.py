@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_powersgd.compressor.passes import add_scaled
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.exchange.loss_scale import LossScale
 from lightning_powersgd.exchange.use import ReachedParameters
@@ -38,7 +39,7 @@ class UnsentErrors:
         """Add a parameter's error, if it has one, to its gradient, laid out in memory as the parameter is."""
         self._gradients[name] = gradient
         if name in self._state.errors:
-            gradient.add_(self._state.errors[name] * self._loss_scale.ratio)
+            add_scaled(gradient, self._state.errors[name], self._loss_scale.ratio)
 
     def settle(self) -> None:
         """Empty the error buffers whose values have arrived, now that the gradients are averages.
@@ -63,13 +64,11 @@ class UnsentErrors:
             used = torch.tensor([name in self._reached for name in names], dtype=torch.uint8, device=arrived.device)
             dist.all_reduce(used, dist.ReduceOp.MAX, group=self._process_group)
             arrived *= used
-        left = False
+        self._state.owing = False
         for name, its in zip(names, arrived.tolist(), strict=True):
-            if name not in self._state.errors:
-                continue
-            if its:
+            if name in self._state.errors and its:
                 self._state.errors[name].zero_()
-            left = left or not its
-        self._state.owing = left
-        if not left:
+            elif name in self._state.errors:
+                self._state.owing = True
+        if not self._state.owing:
             self._state.averaged = True

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.plan import Group, Plan, Slot
+from lightning_powersgd.exchange.agreement import largest_of_ranks
 from lightning_powersgd.exchange.arithmetic import measure_compression
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.link import Link, measure_link
@@ -34,29 +34,20 @@ def leave_whole_what_is_not_worth_it(exchange: GradientExchange) -> Link | None:
     Returns:
         What the network does; ``None`` where there is nothing to decide.
     """
-    state, plan = exchange.state, exchange.plan
-    slots = list(plan.compressed)
-    if state.step or exchange.world_size == 1 or not exchange.compresses_any:
+    state, slots = exchange.state, list(exchange.plan.compressed)
+    if state.trial is None or state.step or exchange.world_size == 1 or not exchange.compresses_any:
         return None
     link = measure_link(exchange.process_group, state.device, _SECONDS)
-    if state.trial is not None:
-        # At least: its bytes, without any latency.
-        seconds = _seconds_of(plan.dense_bytes, link)
-        (state.trial.exact_forecast,) = exchange.slowest([seconds])
-    kinds = list(dict.fromkeys(_kind(slot) for slot in slots))
+    # At least: its bytes, without any latency.
+    (state.trial.exact_forecast,) = exchange.slowest([_seconds_of(exchange.plan.dense_bytes, link)])
+    kinds = list(dict.fromkeys(slot.kind for slot in slots))
     lost = [_seconds_lost(kind, state.config, link, state.device, _SECONDS / len(kinds)) for kind in kinds]
-    margins = torch.tensor(lost, dtype=torch.float32, device=state.device)
-    dist.all_reduce(margins, dist.ReduceOp.MAX, group=exchange.replicas)
-    losing = {kind for kind, margin in zip(kinds, margins.tolist(), strict=True) if margin > 0}
-    whole = [slot.name for slot in slots if _kind(slot) in losing]
+    margins = largest_of_ranks(lost, state.device, exchange.replicas)
+    losing = {kind for kind, margin in zip(kinds, margins, strict=True) if margin > 0}
+    whole = [slot.name for slot in slots if slot.kind in losing]
     if whole:
         exchange.configure(state.config, whole)
     return link
-
-
-def _kind(slot: Slot) -> Slot:
-    """Give what matrices have in common that cost the same."""
-    return replace(slot, name="")
 
 
 def _seconds_lost(kind: Slot, config: PowerSGDConfig, link: Link, device: torch.device, seconds: float) -> float:

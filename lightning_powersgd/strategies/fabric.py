@@ -14,14 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_powersgd.compressor.config import (
-    AUTO,
-    CommDtype,
-    Compress,
-    PowerSGDConfig,
-    Rank,
-    floating_dtype,
-)
+from lightning_powersgd.compressor.config import AUTO, CommDtype, Compress, PowerSGDConfig, Rank, floating_dtype
 from lightning_powersgd.compressor.parameters import require_values
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.exchange.ddp import attach_powersgd

@@ -14,8 +14,6 @@ def settle_what_is_worth_it(exchange: GradientExchange) -> None:
 
     Every rank must call it.
     """
-    if exchange.state.trial is None:
-        return
     link = leave_whole_what_is_not_worth_it(exchange)
     if link is None:
         return
