@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -270,6 +271,17 @@ def format_number(value: float) -> str:
     if abs(value) < 0.995:
         return f"{value:#.2g}" if value else "0"
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def draw_bars(
+    axes: Axes, title: str, names: Sequence[str], values: Sequence[float], labels: Sequence[str], colors: Sequence[str]
+) -> None:
+    """Draw a horizontal bar for each name: milliseconds of a step, with a label at its end."""
+    bars = axes.barh(names, values, color=colors)
+    axes.bar_label(bars, labels, padding=3)
+    axes.set(title=title, xlabel="ms a step")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def log_axis(axis: Axis) -> None:

@@ -29,11 +29,9 @@ from common import (
     Spread,
     paired_difference,
     paired_ratio,
-    progress_bar,
 )
-from network import LINKS, emulated_network
 from probes import Probe, probe_step, timed_hooks
-from processes import Rank, run_ranks
+from processes import Rank, run_over_link
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.futures import Future
@@ -291,23 +289,18 @@ def run_steps(
     Raises:
         NetworkError: if the link cannot be had.
     """
-    megabits, place = LINKS[link], f"{link}, {world_size} ranks"
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(progress_bar())
-        task = progress.add_task(place, total=len(contestants) * (1 + repeats) + 1)
-        namespaces = stack.enter_context(emulated_network(world_size)) if megabits else None
-        results: list[Measurement] = run_ranks(
-            measure_steps,
-            network,
-            contestants,
-            repeats,
-            bare_sizes,
-            world_size=world_size,
-            device=device,
-            on_progress=lambda text: progress.update(task, advance=1, description=f"{place}, {text}"),
-            namespaces=namespaces,
-            megabits=megabits,
-        )
+    results: list[Measurement] = run_over_link(
+        measure_steps,
+        network,
+        contestants,
+        repeats,
+        bare_sizes,
+        link=link,
+        world_size=world_size,
+        device=device,
+        place=f"{link}, {world_size} ranks",
+        reports=len(contestants) * (1 + repeats) + 1,
+    )
     return slowest_of(results)
 
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from common import AMBER, BLUE, GREEN, ORANGE, ResultTable, format_bytes, format_number, positive, spread
 from contestants import make_gossip
 from matplotlib.figure import Figure
-from network import LINKS, emulated_network, over_links
-from processes import Rank, run_ranks
+from network import LINKS, over_links
+from processes import Rank, run_over_link
 from workloads import NETWORKS, Network
 
 if TYPE_CHECKING:
@@ -55,29 +55,17 @@ def run(network: Network, ranks: Sequence[int], repeats: int, arguments: argpars
     Raises:
         NetworkError: if the link cannot be had.
     """
-    megabits = LINKS[link]
-
-    def measure(namespaces: list[str] | None) -> list[list[Timing]]:
-        place = f"{link}, {arguments.world_size} ranks"
-        with common.progress_bar() as progress:
-            task = progress.add_task(place, total=len(ranks) * (1 + repeats))
-            return run_ranks(
-                _measure,
-                network,
-                ranks,
-                repeats,
-                world_size=arguments.world_size,
-                device=arguments.device,
-                on_progress=lambda text: progress.update(task, advance=1, description=f"{place}, {text}"),
-                namespaces=namespaces,
-                megabits=megabits,
-            )
-
-    if megabits is None:
-        results = measure(None)
-    else:
-        with emulated_network(arguments.world_size) as namespaces:
-            results = measure(namespaces)
+    results: list[list[Timing]] = run_over_link(
+        _measure,
+        network,
+        ranks,
+        repeats,
+        link=link,
+        world_size=arguments.world_size,
+        device=arguments.device,
+        place=f"{link}, {arguments.world_size} ranks",
+        reports=len(ranks) * (1 + repeats),
+    )
     slowest = results[0]
     for index, timing in enumerate(slowest):
         timing.seconds = np.max([result[index].seconds for result in results], axis=0).tolist()

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from common import BLUE, GREEN, GREY, ORANGE, PURPLE, ResultTable, format_bytes, format_number, positive, spread
 from matplotlib.figure import Figure
-from network import LINKS, emulated_network, over_links
-from processes import Rank, run_ranks
+from network import LINKS, over_links
+from processes import Rank, run_over_link
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -51,28 +51,18 @@ def run(network: Network, ranks: Sequence[int], repeats: int, arguments: argpars
     Raises:
         NetworkError: if the link cannot be had.
     """
-    megabits = LINKS[link]
-
-    def measure(namespaces: list[str] | None) -> list[dict[str, Timing]]:
-        with common.progress_bar() as progress:
-            task = progress.add_task(link, total=(5 + 4 * len(ranks)) * (1 + repeats))
-            return run_ranks(
-                _measure,
-                network,
-                ranks,
-                repeats,
-                world_size=MACHINES * DEVICES,
-                device=arguments.device,
-                on_progress=lambda text: progress.update(task, advance=1, description=f"{link}, {text}"),
-                namespaces=namespaces,
-                megabits=megabits,
-            )
-
-    if megabits is None:
-        results = measure(None)
-    else:
-        with emulated_network(MACHINES) as namespaces:
-            results = measure([name for name in namespaces for _ in range(DEVICES)])
+    results: list[dict[str, Timing]] = run_over_link(
+        _measure,
+        network,
+        ranks,
+        repeats,
+        link=link,
+        world_size=MACHINES * DEVICES,
+        device=arguments.device,
+        place=link,
+        reports=(5 + 4 * len(ranks)) * (1 + repeats),
+        devices=DEVICES,
+    )
     slowest = results[0]
     for name, timing in slowest.items():
         timing.seconds = np.max([result[name].seconds for result in results], axis=0).tolist()
@@ -182,11 +172,8 @@ def draw(results: dict[str, dict[str, Timing]], arguments: argparse.Namespace) -
         names = sorted(timings, key=lambda name: not name.startswith("DDP"))
         medians = [1e3 * spread(timings[name].seconds).median for name in names]
         colors = [COLORS.get(name, BLUE if name.startswith("sharded") else GREEN) for name in names]
-        bars = axes.barh(names, medians, color=colors)
-        axes.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=3)
-        axes.set(title=link, xlabel="ms a step")
-        axes.margins(x=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
+        labels = [f"{median:,.0f}" for median in medians]
+        common.draw_bars(axes, link, names, medians, labels, colors)
     figure.suptitle(f"{NETWORKS[arguments.model].name} on two machines of two processes")
     return figure
 

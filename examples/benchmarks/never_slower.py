@@ -10,7 +10,6 @@ before its first step, and its trials, are part of its time. No contestant takes
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -20,8 +19,8 @@ import torch.distributed as dist
 from common import BLUE, GREEN, ORANGE, ResultTable, format_number, positive
 from contestants import replica
 from matplotlib.figure import Figure
-from network import LINKS, emulated_network, over_links
-from processes import Rank, run_ranks
+from network import LINKS, over_links
+from processes import Rank, run_over_link
 from torch.nn.parallel import DistributedDataParallel
 from workloads import NETWORKS, Network
 
@@ -63,22 +62,18 @@ def run(network: Network, arguments: argparse.Namespace, link: str) -> Timing:
     Raises:
         NetworkError: if the link cannot be had.
     """
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(common.progress_bar())
-        task = progress.add_task(link, total=3 * ROUNDS + 1)
-        namespaces = stack.enter_context(emulated_network(2)) if LINKS[link] else None
-        results: list[Timing] = run_ranks(
-            _measure,
-            network,
-            arguments.rank,
-            arguments.steps,
-            DDP_COMPARED.get(link, COMPARED),
-            world_size=2,
-            device=arguments.device,
-            on_progress=lambda text: progress.update(task, advance=1, description=f"{link}, {text}"),
-            namespaces=namespaces,
-            megabits=LINKS[link],
-        )
+    results: list[Timing] = run_over_link(
+        _measure,
+        network,
+        arguments.rank,
+        arguments.steps,
+        DDP_COMPARED.get(link, COMPARED),
+        link=link,
+        world_size=2,
+        device=arguments.device,
+        place=link,
+        reports=3 * ROUNDS + 1,
+    )
     slowest = results[0]
     for name in slowest.seconds:
         slowest.seconds[name] = np.max([result.seconds[name] for result in results], axis=0).tolist()
@@ -162,11 +157,8 @@ def draw(results: dict[str, Timing], arguments: argparse.Namespace) -> Figure:
     rows = figure.subplots(len(results), 1, squeeze=False)[:, 0]
     for axes, (link, timing) in zip(rows, results.items(), strict=True):
         milliseconds = [1e3 * timing.mean(name, arguments.steps) for name in (AUTO, ALWAYS, DDP)]
-        bars = axes.barh([AUTO, ALWAYS, DDP], milliseconds, color=[GREEN, BLUE, ORANGE])
-        axes.bar_label(bars, [format_number(value) for value in milliseconds], padding=3)
-        axes.set(title=link, xlabel="ms a step")
-        axes.margins(x=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
+        labels = [format_number(value) for value in milliseconds]
+        common.draw_bars(axes, link, [AUTO, ALWAYS, DDP], milliseconds, labels, [GREEN, BLUE, ORANGE])
     figure.suptitle(f"{NETWORKS[arguments.model].name} on two ranks")
     return figure
 

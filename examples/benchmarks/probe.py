@@ -10,17 +10,16 @@ The forecast takes the time of a step without any exchange from the same rounds.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import common
-from common import ResultTable, format_number, positive, progress_bar, spread
+from common import ResultTable, format_number, positive, spread
 from contestants import ALL_REDUCE, NO_EXCHANGE, Contestant, Measurement, measure_steps, slowest_of
 from matplotlib.figure import Figure
-from network import LINKS, emulated_network, over_links
-from processes import Rank, run_ranks
+from network import LINKS, over_links
+from processes import Rank, run_over_link
 from workloads import NETWORKS, Network
 
 from lightning_powersgd.exchange.link import Link, measure_link
@@ -60,23 +59,18 @@ class Comparison:
 
 def compare(link: str, network: Network, contestants: list[Contestant], arguments: Any) -> Comparison:
     """Probe, forecast and measure over one link."""
-    megabits = LINKS[link]
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(progress_bar())
-        task = progress.add_task(link, total=None)
-        namespaces = stack.enter_context(emulated_network(arguments.world_size)) if megabits else None
-        results = run_ranks(
-            _compare,
-            network,
-            contestants,
-            arguments.repeats or REPEATS[link],
-            arguments.seconds,
-            world_size=arguments.world_size,
-            device=arguments.device,
-            on_progress=lambda text: progress.update(task, description=f"{link}, {text}"),
-            namespaces=namespaces,
-            megabits=megabits,
-        )
+    results: list[Comparison] = run_over_link(
+        _compare,
+        network,
+        contestants,
+        arguments.repeats or REPEATS[link],
+        arguments.seconds,
+        link=link,
+        world_size=arguments.world_size,
+        device=arguments.device,
+        place=link,
+        reports=None,
+    )
     results[0].measured = slowest_of([result.measured for result in results])
     return results[0]
 

@@ -1,6 +1,6 @@
 """Ranks in processes of their own, and a process group that needs only one.
 
-`run_ranks` is for what is measured with communication, `pretend_ranks` for what is measured without.
+`run_over_link` is for what is measured with communication, `pretend_ranks` for what is measured without.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from network import INTERFACE, enter, limit_rate
+from common import progress_bar
+from network import INTERFACE, LINKS, emulated_network, enter, limit_rate
 from torch import Tensor
 from torch._C._distributed_c10d import Work, _create_work_from_future
 from torch.futures import Future
@@ -132,6 +133,50 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def run_over_link(
+    function: Callable[..., Any],
+    *args: Any,
+    link: str,
+    world_size: int,
+    device: str,
+    place: str,
+    reports: int | None,
+    devices: int = 1,
+) -> list[Any]:
+    """Call a function on ranks as `run_ranks` does, over a link, with a progress bar.
+
+    Args:
+        function: as there.
+        args: as there.
+        link: a key of `network.LINKS`.
+        world_size: number of ranks.
+        device: as there.
+        place: what stands before each report in the bar.
+        reports: how many rank 0 makes; ``None`` if that is not known.
+        devices: ranks on each machine.
+
+    Raises:
+        NetworkError: if the link cannot be had.
+        RankError: if a rank fails.
+    """
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(progress_bar())
+        task = progress.add_task(place, total=reports)
+        namespaces = None
+        if LINKS[link]:
+            machines = stack.enter_context(emulated_network(world_size // devices))
+            namespaces = [name for name in machines for _ in range(devices)]
+        return run_ranks(
+            function,
+            *args,
+            world_size=world_size,
+            device=device,
+            on_progress=lambda text: progress.update(task, advance=1, description=f"{place}, {text}"),
+            namespaces=namespaces,
+            megabits=LINKS[link],
+        )
 
 
 def _collect(connections: list[Connection], on_progress: Callable[[str], None]) -> list[Any]:
