@@ -38,8 +38,8 @@ def leave_whole_what_is_not_worth_it(exchange: GradientExchange) -> Link | None:
     if state.trial is None or state.step or exchange.world_size == 1 or not exchange.compresses_any:
         return None
     link = measure_link(exchange.process_group, state.device, _SECONDS)
-    # At least: its bytes, without any latency.
-    (state.trial.exact_forecast,) = exchange.slowest([_seconds_of(exchange.plan.dense_bytes, link)])
+    # At least: the bytes of this rank's own gradients, without any latency.
+    (state.trial.exact_forecast,) = exchange.slowest([_seconds_of(state.plan.dense_bytes, link)])
     kinds = list(dict.fromkeys(slot.kind for slot in slots))
     lost = [_seconds_lost(kind, state.config, link, state.device, _SECONDS / len(kinds)) for kind in kinds]
     margins = largest_of_ranks(lost, state.device, exchange.replicas)

@@ -153,19 +153,32 @@ def test_compress_is_checked():
         PowerSGDStrategy(compress="never")
 
 
+class Forecast(Callback):
+    """Notes what was known of an exact step before the first one, and the bytes of this rank's own gradients."""
+
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        state = trainer.strategy.exchange.state
+        if state.step == 0:
+            self.seconds, self.own_bytes = state.trial.exact_forecast, state.plan.dense_bytes
+
+
 def test_hierarchical_runs_decide_alike(four_ranks, tmp_path):
-    for kinds, agree in four_ranks.run(_hierarchical, str(tmp_path)):
+    results = four_ranks.run(_hierarchical, str(tmp_path))
+    # The owners send at the same time: what each measures is its share of the link, which carries its own gradients.
+    slowest = 8 * max(own_bytes for _, _, _, own_bytes in results) / 1e9
+    for kinds, agree, forecast, _ in results:
         assert kinds == "c" * 10 + "e" * 10
         assert agree
+        assert forecast == pytest.approx(slowest)
 
 
-def _hierarchical(root: str) -> tuple[str, bool]:
+def _hierarchical(root: str) -> tuple[str, bool, float, int]:
     import test_hierarchical
 
-    kinds, model = Kinds(), Classifier("adamw", lr=0.01)
+    kinds, forecast, model = Kinds(), Forecast(), Classifier("adamw", lr=0.01)
     with steps_that_take(*SLOWER), a_link_of(1e9, seconds_per_matrix=0.0):
-        test_hierarchical.train(root, CONFIG, model, callbacks=[kinds], max_epochs=4)
-    return kinds.kinds, replicas_agree(model)
+        test_hierarchical.train(root, CONFIG, model, callbacks=[kinds, forecast], max_epochs=4)
+    return kinds.kinds, replicas_agree(model), forecast.seconds, forecast.own_bytes
 
 
 def test_sharded_runs_decide_alike(four_ranks, tmp_path):
