@@ -4,9 +4,11 @@ and last, programs started as a user starts them. A test that needs a GPU says s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -35,6 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _variables_stay_with_their_test() -> Iterator[None]:
+    """Take back what Lightning sets while it reads a launcher's variables; `MASTER_ADDR` misled all later programs."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
