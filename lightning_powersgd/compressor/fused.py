@@ -101,6 +101,10 @@ class FusedPasses:
         self._in_place = dtypes.gradient == dtypes.matrix
         self._tables: dict[Hashable, tuple[Any, Tensor]] = {}
 
+    def takes(self, matrix: Tensor, rank: int) -> bool:
+        """Whether kernels work on a matrix of this shape; else it is left to PyTorch's operations."""
+        return rank <= LARGEST_RANK and max(matrix.shape) <= _LARGEST_LENGTH
+
     def project(self, side: Side, matrices: Sequence[Projection], scale: float | Tensor = 1.0) -> None:
         """Form M = gradient + scale · error, in the gradient if it has M's dtype, and project it onto each basis.
 
@@ -240,11 +244,6 @@ def passes_for(device: torch.device, dtypes: Dtypes) -> FusedPasses | None:
     """
     fit = dtypes.matrix in _MATRICES and dtypes.gradient in _STORED and dtypes.error in (None, *_STORED)
     return FusedPasses(device, dtypes) if fit and runs_on(device) and _works(device, dtypes) else None
-
-
-def takes(matrix: Tensor, rank: int) -> bool:
-    """Whether kernels work on a matrix of this shape; else it is left to PyTorch's operations."""
-    return rank <= LARGEST_RANK and max(matrix.shape) <= _LARGEST_LENGTH
 
 
 def runs_on(device: torch.device) -> bool:

@@ -1,7 +1,8 @@
 /* The passes of PowerSGD over its matrices, for float32 on a CPU. `native.py` compiles, loads and calls this file.
  *
- * A gradient and its error buffer are far larger than a cache, so that time is the number of times they travel from
- * memory and back. Each function here is one such journey, whatever the rank:
+ * Large gradients and their error buffers do not fit into a cache, so that time is the number of times they travel from
+ * memory and back. A pass is one such journey, whatever the rank. Small ones are many, so that time is what a call
+ * costs. One call makes passes over all matrices that it is given:
  *
  *     project_left    M = G + s E;  P = M Q         reads G and E, writes M into G
  *     project_right   M = G + s E;  Q = Mᵀ P        the same; without E it only reads
@@ -40,6 +41,8 @@ typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 #define ROWS_SUMMED 8
 /* How far ahead to prefetch: to the next block of rows, or 2 KiB along the row. */
 #define AHEAD(T) ((T) > 1 ? (T) * m : 512)
+/* Below this many elements a thread is not worth waking. */
+#define ELEMENTS_PER_THREAD 32768
 /* Columns of one thread's part in project_right are a multiple of this: whole cache lines. */
 #define COLUMNS 64
 
@@ -171,7 +174,8 @@ INLINE long of_row(long left) { return left >= 2 ? 2 : 1; }
 
 /* Where E is NULL, nothing is added, or kept. */
 
-void project_left(int threads, long r, long n, long m, float s, float *g, const float *e, const float *q, float *p) {
+static void project_left(int threads, long r, long n, long m, float s, float *g, const float *e, const float *q,
+                         float *p) {
     PARALLEL(threads)
     for (long i = 0; i < n; i += ROWS) {
         if (r >= CHUNK && n - i >= ROWS)
@@ -188,7 +192,8 @@ void project_left(int threads, long r, long n, long m, float s, float *g, const 
     }
 }
 
-void project_right(int threads, long r, long n, long m, float s, float *g, const float *e, const float *p, float *q) {
+static void project_right(int threads, long r, long n, long m, float s, float *g, const float *e, const float *p,
+                          float *q) {
     long part = (m / threads / COLUMNS + 1) * COLUMNS;
     memset(q, 0, r * m * sizeof *q);
     PARALLEL(threads)
@@ -209,8 +214,8 @@ void project_right(int threads, long r, long n, long m, float s, float *g, const
     }
 }
 
-void decompress(int threads, long r, long n, long m, float *g, float *e, const float *p, const float *q,
-                const float *p_own, const float *q_own) {
+static void decompress(int threads, long r, long n, long m, float *g, float *e, const float *p, const float *q,
+                       const float *p_own, const float *q_own) {
     PARALLEL(threads)
     for (long i = 0; i < n; i += ROWS) {
         if (r >= CHUNK && n - i >= ROWS)
@@ -230,4 +235,40 @@ void decompress(int threads, long r, long n, long m, float *g, float *e, const f
 #if defined __AVX__
     _mm_sfence(); /* What was streamed is seen by every thread that reads it later. */
 #endif
+}
+
+/* What is to be done with one matrix: a row of the table that `native.py` makes. */
+enum { PROJECT_LEFT, PROJECT_RIGHT, DECOMPRESS };
+struct pass {
+    int64_t kind, r, n, m;
+    float *g, *e, *p, *q;
+    const float *p_own, *q_own;
+};
+
+/* How many threads a matrix is worth waking. */
+static int64_t worth(const struct pass *a, int threads) {
+    int64_t most = a->n * a->m / ELEMENTS_PER_THREAD;
+    return most < 1 ? 1 : most < threads ? most : threads;
+}
+
+static void make(int threads, float s, const struct pass *a) {
+    switch (a->kind) {
+        case PROJECT_LEFT: project_left(threads, a->r, a->n, a->m, s, a->g, a->e, a->q, a->p); break;
+        case PROJECT_RIGHT: project_right(threads, a->r, a->n, a->m, s, a->g, a->e, a->p, a->q); break;
+        default: decompress(threads, a->r, a->n, a->m, a->g, a->e, a->p, a->q, a->p_own, a->q_own);
+    }
+}
+
+/* Large matrices are parted among the threads one after the other, and small ones among them all at once. */
+void make_passes(int threads, float s, int64_t count, const struct pass *all) {
+    int64_t small = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t of_this = worth(all + i, threads);
+        if (of_this > 1) make(of_this, s, all + i);
+        else small += all[i].n * all[i].m;
+    }
+    int together = small < 2 * ELEMENTS_PER_THREAD ? 1 : threads;
+    _Pragma("omp parallel for schedule(dynamic) num_threads(together) if (together > 1)")
+    for (int64_t i = 0; i < count; i++)
+        if (worth(all + i, threads) == 1) make(1, s, all + i);
 }

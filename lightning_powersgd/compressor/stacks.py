@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,13 +37,10 @@ class Stacks:
         self._places = torch.split(torch.tensor(places, dtype=torch.long).to(flat.device), [b for b, _, _ in shapes])
         self._order = torch.tensor(order, dtype=torch.long).to(flat.device)
 
-    def named(self, blocks: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
-        """Give blocks matrix by matrix: of these shapes, or what was computed from each of them.
-
-        Args:
-            blocks: (b, …), as many as there are shapes; ``None``: the factors themselves.
-        """
-        return named(self._slots, self.blocks if blocks is None else blocks)
+    @cached_property
+    def named(self) -> dict[str, Tensor]:
+        """The factors by name, (r, k): views, which are made once, since making them takes longer than small passes."""
+        return named(self._slots, self.blocks)
 
     def of_each(self, per_matrix: Tensor) -> list[Tensor]:
         """Give what there is one of for each matrix, in the order of the group, as (b, 1, 1) for each block."""

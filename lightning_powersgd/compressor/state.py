@@ -172,7 +172,7 @@ class PowerSGDState:
                 held[side] = Stacks(group, side, flat)
                 self._draw(group, side, held[side])
             self.held_factors.append(held)
-            factors = {side: stacks.named() for side, stacks in held.items()}
+            factors = {side: stacks.named for side, stacks in held.items()}
             for slot in group.compressed:
                 if self.config.error_feedback:
                     parameter, dtype = self.parameters[slot.name], self.config.error_dtype

@@ -41,6 +41,8 @@ def matrix_order(tensor: Tensor, split: int = 1) -> tuple[int, ...] | None:
 
 def as_matrix(tensor: Tensor, order: tuple[int, ...], split: int = 1) -> Tensor:
     """View a tensor as its (n, m) matrix, in the order that `matrix_order` found. Shares the tensor's memory."""
+    if tensor.dim() == 2:
+        return tensor  # as most are: of small ones the two views would take as long as the arithmetic
     return tensor.permute(order).view(math.prod(tensor.shape[:split]), -1)
 
 

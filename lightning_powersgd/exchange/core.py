@@ -239,10 +239,9 @@ class GradientExchange:
         self._count(gradient)
         if not self.alone:
             index, slot = self._place[parameter]
-            with self._lane.apart(), full_precision(self._device):
-                if self._unsent is not None:
-                    self._unsent.add_to(slot.name, gradient)
-                self._groups[index].take(slot, gradient)
+            if self._unsent is not None:
+                self.add_error(parameter, gradient)
+            self._groups[index].take(slot, gradient)
 
     def add_error(self, parameter: Tensor, gradient: Tensor) -> None:
         """Add what was not sent so far to a gradient, in a step that `sends_errors`, for a source that packs gradients.
@@ -276,6 +275,7 @@ class GradientExchange:
         groups = self._groups
         with self._lane.apart(), full_precision(self._device):
             while self._started < len(groups) and groups[self._started].complete:
+                groups[self._started].put_in()
                 if self._started > 0:
                     groups[self._started - 1].proceed()
                 groups[self._started].start()

@@ -15,13 +15,12 @@ from torch import Tensor
 from lightning_powersgd.compressor import verdict
 from lightning_powersgd.compressor.basis import orthonormal
 from lightning_powersgd.compressor.codec import cut
-from lightning_powersgd.compressor.fused import passes_for
 from lightning_powersgd.compressor.plan import SIDES, Group, Side, Slot, other_side
-from lightning_powersgd.compressor.stacks import Stacks, named
+from lightning_powersgd.compressor.stacks import Stacks
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.exchange.integers import IntegerWire
 from lightning_powersgd.exchange.loss_scale import LossScale
-from lightning_powersgd.exchange.matrix import Matrix, decompress_each, project_each
+from lightning_powersgd.exchange.matrix import Matrix, decompress_each, passes_for, project_each
 from lightning_powersgd.exchange.use import ReachedParameters
 from lightning_powersgd.exchange.wire import Wire, Wires
 
@@ -67,9 +66,12 @@ class ExactGroup(_Group):
         self._taken.add(slot.name)
         self._gradients.append(gradient)
 
+    def put_in(self) -> None:
+        """Put the gradients into the payload."""
+        self._flat = torch.cat([gradient.reshape(-1) for gradient in self._gradients]).div_(self._wires.world_size)
+
     def start(self) -> None:
         """Send the gradients."""
-        self._flat = torch.cat([gradient.reshape(-1) for gradient in self._gradients]).div_(self._wires.world_size)
         self._work = self._wires.all_reduce(self._flat)
 
     def proceed(self) -> None:
@@ -100,7 +102,8 @@ class CompressedGroup(_Group):
     Then M is projected onto the basis, and that projection is what the ranks average, keep as the next warm start, and
     reconstruct the gradient from.
 
-    What is done with matrices is done one by one, and what is done with their factors, once for each shape of them.
+    Matrices are worked on all at once where there is code for that, and else one by one; their factors, once for each
+    shape of them.
 
     Args:
         index: of the group in the plan.
@@ -159,15 +162,14 @@ class CompressedGroup(_Group):
         # Projections as they are computed, where they do not travel in that dtype.
         self._computed = self._make_stacks(SIDES, self._dtype) if self._dtype != group.dtype else None
         self._last_wire, self._sends_last = self._wire, False
-        # Memory for what kernels find by its address (see `_settled`).
+        # Memory for what passes find by its address (see `_settled`).
         self._places: dict[str, dict[Side, Stacks]] = {}
         # Of this step: what matrices are projected onto, and its side; the gains; and where projections go.
         self._side_of_basis: Side = "left"
         self._basis: list[Tensor] = []
         self._gains: dict[Side, list[Tensor]] = {}
         self._projections: dict[str, Tensor] = {}
-        # Of the gradients taken: those that are not in the payload yet, those that are sent whole, and the supports.
-        self._waiting: list[Slot] = []
+        # Of the gradients taken: those that are sent whole, and the supports.
         self._whole: dict[str, Tensor] = {}
         self._supports: dict[str, Tensor] = {}
         self._sent: Side = "right"
@@ -193,41 +195,34 @@ class CompressedGroup(_Group):
         return self._received(self._sent, self._own[self._sent].blocks)
 
     def take(self, slot: Slot, gradient: Tensor) -> None:
-        """Put a gradient into the first payload: whole, or its projection after adding the error.
+        """Take in a gradient, which is overwritten with the average.
 
         Args:
             slot: the parameter's.
             gradient: without gaps; of a compressed parameter, laid out in memory as the parameter is.
         """
-        if not self._taken:
-            self._begin_step()
         self._taken.add(slot.name)
         if slot.rank:
             self._matrices[slot.name].take(gradient, self._loss_scale.ratio)
         else:
             self._whole[slot.name] = gradient
-        self._waiting.append(slot)
-        if verdict.host_waits_for(gradient.device):
-            # Otherwise all at once when the last has come: a device that is told less often does the same sooner.
-            self._put_in()
 
-    def _put_in(self) -> None:
-        """Put the gradients that were taken into the first payload."""
-        slots, self._waiting = self._waiting, []
-        packed = [slot.name for slot in slots if not slot.rank and not slot.travels_alone]
-        if packed:
-            torch._foreach_copy_([self._first_whole[n] for n in packed], [self._whole[n] for n in packed])
+    def put_in(self) -> None:
+        """Put all gradients into the first payload: whole, or their projections after adding the errors."""
+        if self._first_whole:
+            torch._foreach_copy_(list(self._first_whole.values()), [self._whole[name] for name in self._first_whole])
+        if not self._matrices:
+            return
+        self._begin_step()
         held = self._state.held
-        matrices = {slot.name: self._matrices[slot.name] for slot in slots if slot.rank}
-        project_each(matrices, other_side(held), self._projections, self._fused)
-        for name, matrix in matrices.items():
+        project_each(self._matrices, other_side(held), self._projections, self._fused)
+        for name, matrix in self._matrices.items():
             if held in self._state.drawn[name]:
                 # Where nothing is on any rank, nothing may come to be: what was drawn at random must not reach there.
                 self._supports[name] = matrix.support(held)
 
     def start(self) -> None:
         """Send the first collective: what is sent whole, and P (alternating: the projection). The large ones follow."""
-        self._put_in()
         if self._reached is not None:
             reached = [slot.name in self._reached for slot in self._group.compressed]
             self._flags.copy_(torch.tensor(reached, dtype=self._flags.dtype), non_blocking=True)
@@ -322,19 +317,20 @@ class CompressedGroup(_Group):
 
     def _decompress(self, averages: list[Tensor], own: list[Tensor], keep_each: Tensor | None) -> None:
         """Write the averaged gradients, and the local residuals into the errors."""
-        payload = self._payload[self._sent]
-        average_of = payload.named(self._settled("average", self._sent, averages))
-        own_of = payload.named(self._settled("own", self._sent, own))
-        self.averages = decompress_each(self._matrices, self._sent, own_of, average_of, keep_each, self._fused)
+        side = self._sent
+        average_of = self._settled("average", side, averages, self._payload[side]).named
+        own_of = self._settled("own", side, own, self._own[side]).named
+        self.averages = decompress_each(self._matrices, side, own_of, average_of, keep_each, self._fused)
 
-    def _settled(self, use: str, side: Side, blocks: list[Tensor]) -> list[Tensor]:
-        """Give factors in M's dtype; where kernels are told addresses, in memory that is the same in every step."""
-        if self._fused is None:
-            return [block.to(self._dtype) for block in blocks]
+    def _settled(self, use: str, side: Side, blocks: list[Tensor], source: Stacks | None = None) -> Stacks:
+        """Give factors in M's dtype, in memory that is the same in every step: in their own if they lie there so."""
+        if source is not None and blocks is source.blocks and source.flat.dtype == self._dtype:
+            return source
         if use not in self._places:
             self._places[use] = self._make_stacks(SIDES, self._dtype)
-        places = self._places[use][side].blocks
-        torch._foreach_copy_(places, blocks)
+        places = self._places[use][side]
+        if blocks:
+            torch._foreach_copy_(places.blocks, blocks)
         return places
 
     def _follow_loss_scale(self, finite_each: Tensor | None, keep_each: Tensor | None) -> None:
@@ -356,7 +352,6 @@ class CompressedGroup(_Group):
     def forget(self) -> None:
         """Let go of the step's gradients."""
         self._taken.clear()
-        self._waiting = []
         self.averages = {}
         self._whole.clear()
         self._supports.clear()
@@ -366,8 +361,6 @@ class CompressedGroup(_Group):
 
     def _begin_step(self) -> None:
         """Make ready what all matrices are projected onto, and where to."""
-        if not self._matrices:
-            return
         held = self._state.held
         scales, ratio, world_size = (
             self._state.scales.of_groups[self._index],
@@ -376,18 +369,22 @@ class CompressedGroup(_Group):
         )
         sides = (other_side(held),) if self._alternate else SIDES
         self._gains = {side: scales.gains(side, ratio, world_size) if self._wires.encodes else [] for side in sides}
-        factors = self._state.start_factors(self._index).blocks
-        self._set_basis(held, [orthonormal(block, self._dtype) for block in factors] if self._alternate else factors)
+        factors = self._state.start_factors(self._index)
+        if self._alternate:
+            self._set_basis(held, [orthonormal(block, self._dtype) for block in factors.blocks])
+        else:
+            self._set_basis(held, factors.blocks, factors)
         self._projections = self._computed_by_name(other_side(held))
 
-    def _set_basis(self, side: Side, blocks: list[Tensor]) -> None:
-        self._side_of_basis, self._basis = side, self._settled("basis", side, blocks)
-        for name, basis in named(self._group.stacks(side), self._basis).items():
+    def _set_basis(self, side: Side, blocks: list[Tensor], source: Stacks | None = None) -> None:
+        settled = self._settled("basis", side, blocks, source)
+        self._side_of_basis, self._basis = side, settled.blocks
+        for name, basis in settled.named.items():
             self._matrices[name].basis = basis
 
     def _computed_by_name(self, side: Side) -> dict[str, Tensor]:
         """Give the memory that projections are computed into."""
-        return (self._payload if self._computed is None else self._computed)[side].named()
+        return (self._payload if self._computed is None else self._computed)[side].named
 
     def _share(self, side: Side, wire: Wire, own: Tensor | None = None) -> None:
         """Make the factors that were computed ready to be sent."""
@@ -401,7 +398,7 @@ class CompressedGroup(_Group):
         else:
             for block, gain in zip(payload.blocks, gains, strict=False):
                 block.mul_(gain)
-        wire.share_factors(payload.flat, list(payload.named().values()), self._bits[side], own)
+        wire.share_factors(payload.flat, list(payload.named.values()), self._bits[side], own)
 
     def _share_last(self) -> None:
         """Make the last factors ready to be sent, and keep them as they are after that rounding."""

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_powersgd.compressor import verdict
+from lightning_powersgd.compressor import fused as kernels
+from lightning_powersgd.compressor import native, verdict
 from lightning_powersgd.compressor.codec import saturated
-from lightning_powersgd.compressor.fused import Decompression, Dtypes, FusedPasses, Projection, passes_for, takes
+from lightning_powersgd.compressor.fused import Decompression, Dtypes, FusedPasses, Projection
+from lightning_powersgd.compressor.native import NativePasses
 from lightning_powersgd.compressor.passes import add_scaled, decompress, project
 from lightning_powersgd.compressor.plan import Side, Slot
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.view import as_matrix
+
+_NOTHING = torch.empty(0)
 
 
 class Matrix:
@@ -38,7 +42,7 @@ class Matrix:
 
     def forget(self) -> None:
         """Let go of what belongs to one step."""
-        self._gradient = self.basis = torch.empty(0)
+        self._gradient = self.basis = _NOTHING
         self._error: Tensor | None = None
         self._summed = False
 
@@ -73,8 +77,8 @@ class Matrix:
 
         Args:
             side: of the factors.
-            own: this rank's projection.
-            average: the mean of the ranks' projections.
+            own: this rank's projection, in M's dtype.
+            average: the mean of the ranks' projections, alike.
             keep: whether to update the error.
         """
         matrix, pending = self._sum()
@@ -85,23 +89,22 @@ class Matrix:
             self._gradient.copy_(saturated(matrix, self._gradient.dtype))
 
     def factors(self, side: Side, projection: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the factors of what a projection of that side stands for, (r, n) and (r, m), in M's dtype."""
-        left, right = (self.basis, projection) if side == "right" else (projection, self.basis)
-        return left.to(self.dtypes.matrix), right.to(self.dtypes.matrix)
+        """Give the factors of what a projection of that side stands for, (r, n) and (r, m)."""
+        return (self.basis, projection) if side == "right" else (projection, self.basis)
 
     def to_be_projected(self, out: Tensor) -> Projection:
-        """Give what `FusedPasses.project` takes. It leaves M in the gradient, if that has M's dtype."""
+        """Give what `passes_for`'s `project` takes. It leaves M in the gradient, if that has M's dtype."""
         pending = None if self._summed else self._error
         self._summed = self._in_place
         return Projection(self._gradient, pending, self.basis, out)
 
     def to_be_decompressed(self, own: Tensor, average: Tensor) -> Decompression:
-        """Give what `FusedPasses.decompress` takes."""
+        """Give what `passes_for`'s `decompress` takes."""
         return Decompression(self._gradient, self._error, self.basis, average, own)
 
-    def fits(self, fused: FusedPasses | None) -> bool:
+    def fits(self, fused: NativePasses | FusedPasses | None) -> bool:
         """Whether passes over many matrices take this one."""
-        return fused is not None and takes(self._gradient, self._slot.rank)
+        return fused is not None and fused.takes(self._gradient, self._slot.rank)
 
     def _sum(self) -> tuple[Tensor, Tensor | None]:
         """Give M, (n, m), or the gradient in M's dtype and the error that is yet to be added to it in its place."""
@@ -112,8 +115,16 @@ class Matrix:
         return self._gradient, pending
 
 
+def passes_for(device: torch.device, dtypes: Dtypes) -> NativePasses | FusedPasses | None:
+    """Give the passes over all matrices of a group at once; ``None`` where each is made for each of them."""
+    return native.passes_for(device, dtypes) or kernels.passes_for(device, dtypes)
+
+
 def project_each(
-    matrices: Mapping[str, Matrix], side: Side, projections: Mapping[str, Tensor], fused: FusedPasses | None
+    matrices: Mapping[str, Matrix],
+    side: Side,
+    projections: Mapping[str, Tensor],
+    fused: NativePasses | FusedPasses | None,
 ) -> None:
     """Project matrices of one step.
 
@@ -139,7 +150,7 @@ def decompress_each(
     own: Mapping[str, Tensor],
     average: Mapping[str, Tensor],
     keep: Tensor | None,
-    fused: FusedPasses | None,
+    fused: NativePasses | FusedPasses | None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Write the averaged gradients over those of this rank, and the local residuals into the errors.
 
@@ -200,7 +211,7 @@ def write_average(gradient: Tensor, slot: Slot, factors: tuple[Tensor, Tensor]) 
     left, right = factors
     # Without an error: it makes no difference to the average.
     fused = passes_for(view.device, Dtypes(view.dtype, None, left.dtype))
-    if fused is not None and takes(view, slot.rank):
+    if fused is not None and fused.takes(view, slot.rank):
         fused.decompress("right", [Decompression(view, None, left, right, right)])
         return
     matrix = view if view.dtype == left.dtype else torch.empty_like(view, dtype=left.dtype)

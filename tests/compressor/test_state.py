@@ -64,9 +64,9 @@ def test_drawing_factors_leaves_the_global_generator_alone():
 
 def test_without_warm_start_every_step_draws_anew():
     state = make_state(warm_start=False)
-    first = state.start_factors(0).named()["a.weight"].clone()
+    first = state.start_factors(0).named["a.weight"].clone()
     state.finish_step(0, 0)
-    assert not torch.equal(state.start_factors(0).named()["a.weight"], first)
+    assert not torch.equal(state.start_factors(0).named["a.weight"], first)
 
 
 @pytest.mark.parametrize("config", [{}, {"alternate": True}, {"error_dtype": "bfloat16"}, {"rank": {"a*": 3}}], ids=str)
