@@ -33,12 +33,17 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* Ranks above this are computed in chunks of it, while the rows that they share are in the cache. */
-#define CHUNK 4
-/* Rows that are worked on together from rank CHUNK on, so that a load of a factor serves them all. With fewer ranks there
- * is little to load, and rows go one by one, since memory is fastest where it is read in a single line. */
+/* From this rank on, rows are worked on in blocks, so that what is loaded serves several sums. With fewer ranks there is
+ * little to load, and rows go one by one, since memory is fastest where it is read in a single line. */
+#define BLOCKS_FROM 4
+/* Of a block: rows, those that project_right adds up, vectors of columns, and ranks. As many sums fit into registers, and
+ * are enough to keep a processor busy while others are not ready. */
 #define ROWS 4
 #define ROWS_SUMMED 8
+#define VECTORS 2
+#define RANKS_TOGETHER 4
+/* Ranks that decompress adds up before it goes on to the next columns. */
+#define RANKS_DECOMPRESSED 64
 /* How far ahead to prefetch: to the next block of rows, or 2 KiB along the row. */
 #define AHEAD(T) ((T) > 1 ? (T) * m : 512)
 /* Below this many elements a thread is not worth waking. */
@@ -62,113 +67,162 @@ INLINE void stream(float *to, vec value) {
     store(to, value);
 }
 
+/* x + a · b, rounded once where the processor can. Said outright, since compilers decide from one loop to another. */
+INLINE vec add_product(vec x, vec a, vec b) {
+#if defined __AVX512F__
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)x);
+#elif defined __FMA__
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)x);
+#else
+    return x + a * b;
+#endif
+}
+
+INLINE float add_scalars(float x, float a, float b) {
+#if defined __FMA__
+    return __builtin_fmaf(a, b, x);
+#else
+    return x + a * b;
+#endif
+}
+
+INLINE vec broadcast(float value) { return value - (vec){0}; }
+
 INLINE float total(vec value) {
     float sum = 0;
     for (int i = 0; i < LANES; i++) sum += value[i];
     return sum;
 }
 
-/* The three loops, for R ranks and T rows: constants, so that each combination is compiled by itself and its sums stay
- * in registers. */
+/* The loops, for R ranks, T rows and V vectors of columns: constants, so that each combination is compiled by itself and
+ * its sums stay in registers. */
 
 INLINE void left_rows(const int R, const int T, long n, long m, float s, float *g, const float *e, const float *q,
                       float *p) {
-    vec sums[ROWS][CHUNK];
-    float rest[ROWS][CHUNK];
+    vec sums[ROWS][RANKS_TOGETHER];
+    float rest[ROWS][RANKS_TOGETHER];
     long j = 0;
     EACH(t, T) EACH(k, R) sums[t][k] = (vec){0}, rest[t][k] = 0;
     for (; j + LANES <= m; j += LANES) {
         vec x[ROWS];
         EACH(t, T) {
             x[t] = load(g + t * m + j);
-            __builtin_prefetch(g + t * m + j + AHEAD(T));
             if (e) {
-                store(g + t * m + j, x[t] += s * load(e + t * m + j));
+                __builtin_prefetch(g + t * m + j + AHEAD(T));
+                store(g + t * m + j, x[t] = add_product(x[t], broadcast(s), load(e + t * m + j)));
                 __builtin_prefetch(e + t * m + j + AHEAD(T));
             }
         }
         EACH(k, R) {
             vec y = load(q + k * m + j);
-            EACH(t, T) sums[t][k] += x[t] * y;
+            EACH(t, T) sums[t][k] = add_product(sums[t][k], x[t], y);
         }
     }
     for (; j < m; j++) EACH(t, T) {
-        if (e) g[t * m + j] += s * e[t * m + j];
-        EACH(k, R) rest[t][k] += g[t * m + j] * q[k * m + j];
+        if (e) g[t * m + j] = add_scalars(g[t * m + j], s, e[t * m + j]);
+        EACH(k, R) rest[t][k] = add_scalars(rest[t][k], g[t * m + j], q[k * m + j]);
     }
     EACH(t, T) EACH(k, R) p[k * n + t] = total(sums[t][k]) + rest[t][k];
 }
 
-INLINE void right_rows(const int R, const int T, long width, long n, long m, float s, float *g, const float *e,
+INLINE void right_columns(const int R, const int T, const int V, long n, long m, float s, float *g, const float *e,
+                          const float *p, float *q) {
+    vec sums[RANKS_TOGETHER][VECTORS];
+    EACH(k, R) EACH(v, V) sums[k][v] = load(q + k * m + v * LANES);
+    EACH(t, T) {
+        vec x[VECTORS];
+        EACH(v, V) {
+            x[v] = load(g + t * m + v * LANES);
+            if (e) store(g + t * m + v * LANES, x[v] = add_product(x[v], broadcast(s), load(e + t * m + v * LANES)));
+        }
+        EACH(k, R) EACH(v, V) sums[k][v] = add_product(sums[k][v], broadcast(p[k * n + t]), x[v]);
+    }
+    EACH(k, R) EACH(v, V) store(q + k * m + v * LANES, sums[k][v]);
+}
+
+/* For R ranks, which are all; where R is 0 for r of them, in chunks. */
+INLINE void right_ranks(const int R, const int T, const int V, long r, long n, long m, float s, float *g,
+                        const float *e, const float *p, float *q) {
+    EACH(t, T) {
+        __builtin_prefetch(g + t * m + AHEAD(T));
+        if (e) __builtin_prefetch(e + t * m + AHEAD(T));
+    }
+    right_columns(R ? R : RANKS_TOGETHER, T, V, n, m, s, g, e, p, q);
+    if (R) return;
+    long k = RANKS_TOGETHER;
+    for (; k + RANKS_TOGETHER <= r; k += RANKS_TOGETHER)
+        right_columns(RANKS_TOGETHER, T, V, n, m, s, g, NULL, p + k * n, q + k * m);
+    for (; k < r; k++) right_columns(1, T, V, n, m, s, g, NULL, p + k * n, q + k * m);
+}
+
+INLINE void right_rows(const int R, const int T, long width, long r, long n, long m, float s, float *g, const float *e,
                        const float *p, float *q) {
     long j = 0;
-    for (; j + LANES <= width; j += LANES) {
-        vec sums[CHUNK];
-        EACH(k, R) sums[k] = load(q + k * m + j);
-        EACH(t, T) {
-            vec x = load(g + t * m + j);
-            __builtin_prefetch(g + t * m + j + AHEAD(T));
-            if (e) {
-                store(g + t * m + j, x += s * load(e + t * m + j));
-                __builtin_prefetch(e + t * m + j + AHEAD(T));
-            }
-            EACH(k, R) sums[k] += x * p[k * n + t];
-        }
-        EACH(k, R) store(q + k * m + j, sums[k]);
-    }
+    for (; T > 1 && j + VECTORS * LANES <= width; j += VECTORS * LANES)
+        right_ranks(R, T, VECTORS, r, n, m, s, g + j, e ? e + j : NULL, p, q + j);
+    for (; j + LANES <= width; j += LANES)
+        right_ranks(R, T, 1, r, n, m, s, g + j, e ? e + j : NULL, p, q + j);
     for (; j < width; j++) EACH(t, T) {
-        if (e) g[t * m + j] += s * e[t * m + j];
-        EACH(k, R) q[k * m + j] += g[t * m + j] * p[k * n + t];
+        if (e) g[t * m + j] = add_scalars(g[t * m + j], s, e[t * m + j]);
+        for (long k = 0; k < r; k++) q[k * m + j] = add_scalars(q[k * m + j], g[t * m + j], p[k * n + t]);
+    }
+}
+
+/* X += P Qᵀ for factors of r ranks, the left one packed as (r, T). */
+INLINE void add_products(const int T, const int V, long r, long m, const float *p, const float *q,
+                         vec x[ROWS][VECTORS]) {
+    for (long k = 0; k < r; k++) {
+        vec right[VECTORS];
+        EACH(v, V) right[v] = load(q + k * m + v * LANES);
+        EACH(t, T) EACH(v, V) x[t][v] = add_product(x[t][v], broadcast(p[k * T + t]), right[v]);
     }
 }
 
 /* `first` and `last` say which chunk of the ranks this is. */
-INLINE void decompress_rows(const int R, const int T, int first, int last, long n, long m, float *g, float *e,
-                            const float *p, const float *q, const float *p_own, const float *q_own) {
-    const float *matrix = first ? g : e;
-    long j = 0;
-    for (; j + LANES <= m; j += LANES) {
-        vec x[ROWS], y[ROWS];
-        EACH(t, T) {
-            x[t] = e ? load(matrix + t * m + j) : (vec){0};
-            y[t] = first ? (vec){0} : load(g + t * m + j);
-            __builtin_prefetch(g + t * m + j + AHEAD(T));
-        }
-        if (e) EACH(k, R) {
-            vec right = load(q_own + k * m + j);
-            EACH(t, T) x[t] -= p_own[k * n + t] * right;
-        }
-        EACH(k, R) {
-            vec right = load(q + k * m + j);
-            EACH(t, T) y[t] += p[k * n + t] * right;
-        }
-        EACH(t, T) {
-            store(g + t * m + j, y[t]);
-            if (e && first && last) stream(e + t * m + j, x[t]);
-            else if (e) store(e + t * m + j, x[t]);
-        }
+INLINE void decompress_columns(const int T, const int V, int first, int last, long r, long m, float *g, float *e,
+                               const float *p, const float *q, const float *p_own, const float *q_own) {
+    vec x[ROWS][VECTORS];
+    if (e) {
+        const float *matrix = first ? g : e;
+        EACH(t, T) EACH(v, V) x[t][v] = load(matrix + t * m + v * LANES);
+        EACH(t, T) __builtin_prefetch(g + t * m + AHEAD(T));
+        add_products(T, V, r, m, p_own, q_own, x);
+        EACH(t, T) EACH(v, V)
+            if (first && last) stream(e + t * m + v * LANES, x[t][v]);
+            else store(e + t * m + v * LANES, x[t][v]);
     }
+    EACH(t, T) EACH(v, V) x[t][v] = first ? (vec){0} : load(g + t * m + v * LANES);
+    add_products(T, V, r, m, p, q, x);
+    EACH(t, T) EACH(v, V) store(g + t * m + v * LANES, x[t][v]);
+}
+
+INLINE void decompress_rows(const int T, int first, int last, long r, long n, long m, float *g, float *e,
+                            const float *p, const float *q, const float *p_own, const float *q_own) {
+    float left[RANKS_DECOMPRESSED * ROWS], left_own[RANKS_DECOMPRESSED * ROWS];
+    for (long k = 0; k < r; k++) EACH(t, T) {
+        left[k * T + t] = p[k * n + t];
+        if (e) left_own[k * T + t] = -p_own[k * n + t];
+    }
+    long j = 0;
+    for (; T > 1 && j + VECTORS * LANES <= m; j += VECTORS * LANES)
+        decompress_columns(T, VECTORS, first, last, r, m, g + j, e ? e + j : NULL, left, q + j, left_own, q_own + j);
+    for (; j + LANES <= m; j += LANES)
+        decompress_columns(T, 1, first, last, r, m, g + j, e ? e + j : NULL, left, q + j, left_own, q_own + j);
     for (; j < m; j++) EACH(t, T) {
-        float x = e ? matrix[t * m + j] : 0, y = first ? 0 : g[t * m + j];
-        EACH(k, R) y += p[k * n + t] * q[k * m + j];
-        if (e) EACH(k, R) x -= p_own[k * n + t] * q_own[k * m + j];
+        float x = e ? (first ? g : e)[t * m + j] : 0, y = first ? 0 : g[t * m + j];
+        for (long k = 0; k < r; k++) y = add_scalars(y, left[k * T + t], q[k * m + j]);
+        if (e) for (long k = 0; k < r; k++) x = add_scalars(x, left_own[k * T + t], q_own[k * m + j]);
         if (e) e[t * m + j] = x;
         g[t * m + j] = y;
     }
 }
 
-/* How many of the ranks that are left a loop takes: a block of rows up to CHUNK of them, a single row up to two. */
-INLINE long of_block(long left) { return left >= CHUNK ? CHUNK : left >= 2 ? 2 : 1; }
-INLINE long of_row(long left) { return left >= 2 ? 2 : 1; }
-
-#define BLOCK(rank, loop, ...) \
+#define BY_RANK(rank, loop, ...) \
     switch (rank) { \
         case 1: loop(1, __VA_ARGS__); break; \
         case 2: loop(2, __VA_ARGS__); break; \
-        default: loop(CHUNK, __VA_ARGS__); \
+        default: loop(3, __VA_ARGS__); \
     }
-#define ROW(rank, loop, ...) \
-    if (rank == 1) loop(1, 1, __VA_ARGS__); else loop(2, 1, __VA_ARGS__);
 
 #define PARALLEL(threads) _Pragma("omp parallel for schedule(static) num_threads(threads) if (threads > 1)")
 
@@ -178,17 +232,17 @@ static void project_left(int threads, long r, long n, long m, float s, float *g,
                          float *p) {
     PARALLEL(threads)
     for (long i = 0; i < n; i += ROWS) {
-        if (r >= CHUNK && n - i >= ROWS)
-            for (long k = 0, some; k < r; k += some) {
-                some = of_block(r - k);
-                BLOCK(some, left_rows, ROWS, n, m, s, g + i * m, e && !k ? e + i * m : NULL, q + k * m, p + k * n + i)
-            }
-        else
+        if (r >= BLOCKS_FROM && n - i >= ROWS) {
+            left_rows(RANKS_TOGETHER, ROWS, n, m, s, g + i * m, e ? e + i * m : NULL, q, p + i);
+            long k = RANKS_TOGETHER;
+            for (; k + RANKS_TOGETHER <= r; k += RANKS_TOGETHER)
+                left_rows(RANKS_TOGETHER, ROWS, n, m, s, g + i * m, NULL, q + k * m, p + k * n + i);
+            for (; k < r; k++) left_rows(1, ROWS, n, m, s, g + i * m, NULL, q + k * m, p + k * n + i);
+        } else
             for (long row = i; row < n && row < i + ROWS; row++)
-                for (long k = 0, some; k < r; k += some) {
-                    some = of_row(r - k);
-                    ROW(some, left_rows, n, m, s, g + row * m, e && !k ? e + row * m : NULL, q + k * m, p + k * n + row)
-                }
+                for (long k = 0; k < r; k += 3)
+                    BY_RANK(r - k, left_rows, 1, n, m, s, g + row * m, e && !k ? e + row * m : NULL, q + k * m,
+                            p + k * n + row)
     }
 }
 
@@ -199,18 +253,13 @@ static void project_right(int threads, long r, long n, long m, float s, float *g
     PARALLEL(threads)
     for (long j = 0; j < m; j += part) {
         long i = 0, width = m - j < part ? m - j : part;
-        for (; r >= CHUNK && i + ROWS_SUMMED <= n; i += ROWS_SUMMED)
-            for (long k = 0, some; k < r; k += some) {
-                some = of_block(r - k);
-                BLOCK(some, right_rows, ROWS_SUMMED, width, n, m, s, g + i * m + j, e && !k ? e + i * m + j : NULL,
-                          p + k * n + i, q + k * m + j)
-            }
+        for (; r >= BLOCKS_FROM && i + ROWS_SUMMED <= n; i += ROWS_SUMMED)
+            right_rows(0, ROWS_SUMMED, width, r, n, m, s, g + i * m + j, e ? e + i * m + j : NULL, p + i, q + j);
         for (; i < n; i++)
-            for (long k = 0, some; k < r; k += some) {
-                some = of_row(r - k);
-                ROW(some, right_rows, width, n, m, s, g + i * m + j, e && !k ? e + i * m + j : NULL, p + k * n + i,
-                    q + k * m + j)
-            }
+            if (r >= BLOCKS_FROM)
+                right_rows(0, 1, width, r, n, m, s, g + i * m + j, e ? e + i * m + j : NULL, p + i, q + j);
+            else
+                BY_RANK(r, right_rows, 1, width, r, n, m, s, g + i * m + j, e ? e + i * m + j : NULL, p + i, q + j)
     }
 }
 
@@ -218,19 +267,19 @@ static void decompress(int threads, long r, long n, long m, float *g, float *e, 
                        const float *p_own, const float *q_own) {
     PARALLEL(threads)
     for (long i = 0; i < n; i += ROWS) {
-        if (r >= CHUNK && n - i >= ROWS)
-            for (long k = 0, some; k < r; k += some) {
-                some = of_block(r - k);
-                BLOCK(some, decompress_rows, ROWS, k == 0, k + some == r, n, m, g + i * m, e ? e + i * m : NULL,
-                          p + k * n + i, q + k * m, p_own + k * n + i, q_own + k * m)
+        int block = r >= BLOCKS_FROM && n - i >= ROWS;
+        for (long row = i; row < n && row < i + ROWS; row += block ? ROWS : 1)
+            for (long k = 0; k < r; k += RANKS_DECOMPRESSED) {
+                long some = r - k < RANKS_DECOMPRESSED ? r - k : RANKS_DECOMPRESSED;
+                int last = k + some == r;
+#define ROWS_OF(rank, T) \
+    decompress_rows(T, !k, last, rank, n, m, g + row * m, e ? e + row * m : NULL, p + k * n + row, q + k * m, \
+                    p_own + k * n + row, q_own + k * m)
+                if (block) ROWS_OF(some, ROWS);
+                else if (r == 1) ROWS_OF(1, 1);
+                else if (r == 2) ROWS_OF(2, 1);
+                else ROWS_OF(some, 1);
             }
-        else
-            for (long row = i; row < n && row < i + ROWS; row++)
-                for (long k = 0, some; k < r; k += some) {
-                    some = of_row(r - k);
-                    ROW(some, decompress_rows, k == 0, k + some == r, n, m, g + row * m, e ? e + row * m : NULL,
-                        p + k * n + row, q + k * m, p_own + k * n + row, q_own + k * m)
-                }
     }
 #if defined __AVX__
     _mm_sfence(); /* What was streamed is seen by every thread that reads it later. */
