@@ -33,11 +33,11 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* From this rank on, rows are worked on in blocks, so that what is loaded serves several sums. With fewer ranks there is
- * little to load, and rows go one by one, since memory is fastest where it is read in a single line. */
+/* From this rank on, rows are worked on in blocks, so that what is loaded serves several sums. With fewer ranks there
+ * is little to load, and rows go one by one, since memory is fastest where it is read in a single line. */
 #define BLOCKS_FROM 4
-/* Of a block: rows, those that project_right adds up, vectors of columns, and ranks. As many sums fit into registers, and
- * are enough to keep a processor busy while others are not ready. */
+/* Of a block: rows, those that project_right adds up, vectors of columns, and ranks. So many sums fit into registers,
+ * and are enough to keep a processor busy while others are not ready. */
 #define ROWS 4
 #define ROWS_SUMMED 8
 #define VECTORS 2
@@ -94,8 +94,8 @@ INLINE float total(vec value) {
     return sum;
 }
 
-/* The loops, for R ranks, T rows and V vectors of columns: constants, so that each combination is compiled by itself and
- * its sums stay in registers. */
+/* The loops, for R ranks, T rows and V vectors of columns: constants, so that each combination is compiled by itself
+ * and its sums stay in registers. */
 
 INLINE void left_rows(const int R, const int T, long n, long m, float s, float *g, const float *e, const float *q,
                       float *p) {

@@ -17,9 +17,9 @@ For groups 0, 1, 2, … of parameters a compressed step runs
     collective     0          1                2                …   last + 1
     carries        P of 0     P of 1, Q of 0   P of 2, Q of 1   …   Q of last
 
-The gradients of a group are projected as they come (*take*). When all are there, the group before receives its own
-collective and orthonormalises its P (*proceed*), and its Q travels with this group's P and with everything that is sent
-whole (*start*): G groups take G + 1 collectives. When alternating, there is but one factor to send, and G suffice. What
+When all gradients of a group are there, they are projected (*put in*). Then the group before receives its collective
+and orthonormalises its P (*proceed*), and its Q travels with this group's P and with everything that is sent whole
+(*start*): G groups take G + 1 collectives. When alternating, there is but one factor to send, and G suffice. What
 is sent whole and is large has a collective of its own after that, straight from where its gradient lies and without a
 copy. At the end of the step *finish* updates the error buffers and writes the averages over the gradients. Nothing that
 outlives the step is changed before all of it was received and found finite.
@@ -288,7 +288,7 @@ class GradientExchange:
 
         Returns:
             Of the gradients that are compressed, by name, the factors (r, n) and (r, m) of which the average is the
-            product.
+            product. The next step writes over them.
 
         Raises:
             RuntimeError: if the gradient of a parameter was not handed over.

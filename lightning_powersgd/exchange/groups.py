@@ -1,7 +1,8 @@
 """Parameters that travel together: a group's part in a step.
 
-In a step a group will *take* its gradients, *start* its first collective when all are there, and *proceed* when that
-has come back. A compressed group will *finish* when all that the step sent is there and has been judged.
+In a step a group will *take* its gradients, *put* them *in* its payload when all are there, *start* its first
+collective, and *proceed* when that has come back. A compressed group will *finish* when all that the step sent is there
+and has been judged.
 """
 
 from __future__ import annotations

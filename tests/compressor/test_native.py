@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 
 import pytest
 import torch
 from nets import randn
 
 from lightning_powersgd.compressor import native
+from lightning_powersgd.compressor.fused import Decompression, Dtypes, Projection
+from lightning_powersgd.compressor.native import NativePasses, passes_for
 from lightning_powersgd.compressor.passes import decompress, project
+from lightning_powersgd.compressor.plan import SIDES, Side
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
 
@@ -83,3 +87,46 @@ def test_building_leaves_nothing_on_disk(rebuild, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert rebuild() is not None
     assert not list(tmp_path.iterdir())
+
+
+def group_of(ranks: Sequence[int], shapes: Sequence[tuple[int, int]], side: Side) -> list[Decompression]:
+    """Matrices with errors; every second one lies column by column."""
+    group = []
+    for number, (r, (n, m)) in enumerate(zip(ranks, shapes, strict=True)):
+        shape = (m, n) if number % 2 else (n, m)
+        gradient, error = randn(*shape), randn(*shape).flip(0)
+        if number % 2:
+            gradient, error = gradient.t(), error.t()
+        basis, average = randn(r, m if side == "left" else n), randn(r, n if side == "left" else m)
+        group.append(Decompression(gradient, error, basis, average, torch.empty_like(average)))
+    return group
+
+
+@pytest.mark.parametrize("side", SIDES)
+@needs_compiler
+def test_passes_over_a_group_are_those_over_each_matrix(side):
+    ranks, shapes = (1, 2, 3, 4, 9, 5), ((64, 64), (20, 33), (300, 310), (65, 130), (400, 200), (1, 7))
+    keep = torch.tensor([True, False, True, True, False, True])
+    passes, threads = NativePasses(native.library()), torch.get_num_threads()
+    for number in (1, 2, 5):
+        one_by_one, together = (group_of(ranks, shapes, side) for _ in range(2))
+        torch.set_num_threads(number)
+        passes.project(side, [Projection(one.gradient, one.error, one.basis, one.own) for one in together], 0.5)
+        passes.decompress(side, together, keep=keep)
+        torch.set_num_threads(threads)
+        for (gradient, error, basis, average, own), keep_this in zip(one_by_one, keep.tolist(), strict=True):
+            left = side == "left"
+            project(gradient.t() if left else gradient, basis, own, error.t() if left else error, 0.5)
+            factors = [(one, basis) if left else (basis, one) for one in (average, own)]
+            decompress(gradient, factors[0], factors[1], error, keep_this)
+        for ours, theirs in zip(together, one_by_one, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+@needs_compiler
+def test_passes_over_a_group_are_for_single_precision_on_a_cpu():
+    single, double, brain = torch.float32, torch.float64, torch.bfloat16
+    assert passes_for(torch.device("cpu"), Dtypes(single, None, single)) is not None
+    assert passes_for(torch.device("cpu"), Dtypes(double, double, double)) is None
+    assert passes_for(torch.device("cpu"), Dtypes(single, brain, single)) is None
+    assert passes_for(torch.device("meta"), Dtypes(single, single, single)) is None
