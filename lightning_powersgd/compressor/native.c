@@ -39,9 +39,10 @@ typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 /* Of a block: rows, those that project_right adds up, vectors of columns, and ranks. So many sums fit into registers,
  * and are enough to keep a processor busy while others are not ready. */
 #define ROWS 4
-#define ROWS_SUMMED 8
+#define ROWS_SUMMED 16
 #define VECTORS 2
-#define RANKS_TOGETHER 4
+#define RANKS_LEFT 3
+#define RANKS_RIGHT 4
 /* Ranks that decompress adds up before it goes on to the next columns. */
 #define RANKS_DECOMPRESSED 64
 /* How far ahead to prefetch: to the next block of rows, or 2 KiB along the row. */
@@ -99,23 +100,21 @@ INLINE float total(vec value) {
 
 INLINE void left_rows(const int R, const int T, long n, long m, float s, float *g, const float *e, const float *q,
                       float *p) {
-    vec sums[ROWS][RANKS_TOGETHER];
-    float rest[ROWS][RANKS_TOGETHER];
+    vec sums[ROWS][RANKS_LEFT];
+    float rest[ROWS][RANKS_LEFT];
     long j = 0;
     EACH(t, T) EACH(k, R) sums[t][k] = (vec){0}, rest[t][k] = 0;
     for (; j + LANES <= m; j += LANES) {
-        vec x[ROWS];
+        vec y[RANKS_LEFT];
+        EACH(k, R) y[k] = load(q + k * m + j);
         EACH(t, T) {
-            x[t] = load(g + t * m + j);
+            vec x = load(g + t * m + j);
             if (e) {
                 __builtin_prefetch(g + t * m + j + AHEAD(T));
-                store(g + t * m + j, x[t] = add_product(x[t], broadcast(s), load(e + t * m + j)));
+                store(g + t * m + j, x = add_product(x, broadcast(s), load(e + t * m + j)));
                 __builtin_prefetch(e + t * m + j + AHEAD(T));
             }
-        }
-        EACH(k, R) {
-            vec y = load(q + k * m + j);
-            EACH(t, T) sums[t][k] = add_product(sums[t][k], x[t], y);
+            EACH(k, R) sums[t][k] = add_product(sums[t][k], x, y[k]);
         }
     }
     for (; j < m; j++) EACH(t, T) {
@@ -127,7 +126,7 @@ INLINE void left_rows(const int R, const int T, long n, long m, float s, float *
 
 INLINE void right_columns(const int R, const int T, const int V, long n, long m, float s, float *g, const float *e,
                           const float *p, float *q) {
-    vec sums[RANKS_TOGETHER][VECTORS];
+    vec sums[RANKS_RIGHT][VECTORS];
     EACH(k, R) EACH(v, V) sums[k][v] = load(q + k * m + v * LANES);
     EACH(t, T) {
         vec x[VECTORS];
@@ -147,11 +146,11 @@ INLINE void right_ranks(const int R, const int T, const int V, long r, long n, l
         __builtin_prefetch(g + t * m + AHEAD(T));
         if (e) __builtin_prefetch(e + t * m + AHEAD(T));
     }
-    right_columns(R ? R : RANKS_TOGETHER, T, V, n, m, s, g, e, p, q);
+    right_columns(R ? R : RANKS_RIGHT, T, V, n, m, s, g, e, p, q);
     if (R) return;
-    long k = RANKS_TOGETHER;
-    for (; k + RANKS_TOGETHER <= r; k += RANKS_TOGETHER)
-        right_columns(RANKS_TOGETHER, T, V, n, m, s, g, NULL, p + k * n, q + k * m);
+    long k = RANKS_RIGHT;
+    for (; k + RANKS_RIGHT <= r; k += RANKS_RIGHT)
+        right_columns(RANKS_RIGHT, T, V, n, m, s, g, NULL, p + k * n, q + k * m);
     for (; k < r; k++) right_columns(1, T, V, n, m, s, g, NULL, p + k * n, q + k * m);
 }
 
@@ -233,14 +232,14 @@ static void project_left(int threads, long r, long n, long m, float s, float *g,
     PARALLEL(threads)
     for (long i = 0; i < n; i += ROWS) {
         if (r >= BLOCKS_FROM && n - i >= ROWS) {
-            left_rows(RANKS_TOGETHER, ROWS, n, m, s, g + i * m, e ? e + i * m : NULL, q, p + i);
-            long k = RANKS_TOGETHER;
-            for (; k + RANKS_TOGETHER <= r; k += RANKS_TOGETHER)
-                left_rows(RANKS_TOGETHER, ROWS, n, m, s, g + i * m, NULL, q + k * m, p + k * n + i);
+            left_rows(RANKS_LEFT, ROWS, n, m, s, g + i * m, e ? e + i * m : NULL, q, p + i);
+            long k = RANKS_LEFT;
+            for (; k + RANKS_LEFT <= r; k += RANKS_LEFT)
+                left_rows(RANKS_LEFT, ROWS, n, m, s, g + i * m, NULL, q + k * m, p + k * n + i);
             for (; k < r; k++) left_rows(1, ROWS, n, m, s, g + i * m, NULL, q + k * m, p + k * n + i);
         } else
             for (long row = i; row < n && row < i + ROWS; row++)
-                for (long k = 0; k < r; k += 3)
+                for (long k = 0; k < r; k += RANKS_LEFT)
                     BY_RANK(r - k, left_rows, 1, n, m, s, g + row * m, e && !k ? e + row * m : NULL, q + k * m,
                             p + k * n + row)
     }
