@@ -5,6 +5,9 @@ and last, programs started as a user starts them. A test that needs a GPU says s
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,15 @@ collect_ignore = ["programs/compiled_kernels.py"]
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.register_profile("search", deadline=None, database=None, max_examples=2000, print_blob=True)
 settings.load_profile("fixed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the ranks of this test run build the C code once, instead of each for itself."""
+    if "CC" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="lightning_powersgd_")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ["BUILT_BY_TESTS"] = folder
+        os.environ["CC"] = shlex.join(["sh", str(Path(__file__).parent / "programs" / "cc.sh")])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
