@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -29,17 +30,55 @@ def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         Of the factor's shape, contiguous.
     """
-    if verdict.host_waits_for(factor.device):
-        wide = factor.to(torch.promote_types(dtype, torch.float32))
-        basis: Tensor = torch.linalg.qr(wide.mT, mode="reduced").Q.mT
-    else:
-        basis = _from_gram_matrix(factor)
+    if not verdict.host_waits_for(factor.device):
+        return orthonormal_by_gram(factor, dtype)
+    wide = factor.to(torch.promote_types(dtype, torch.float32))
+    basis: Tensor = torch.linalg.qr(wide.mT, mode="reduced").Q.mT
     basis = basis.to(dtype).contiguous()
     there = factor.any(dim=-2, keepdim=True)
-    if verdict.host_waits_for(factor.device) and there.all():
-        # As nearly always: many small factors spend their time in such small operations.
-        return basis
-    return basis.mul_(there | ~there.any(dim=-1, keepdim=True))
+    # As nearly always: many small factors spend their time in such small operations.
+    return basis if there.all() else basis.mul_(there | ~there.any(dim=-1, keepdim=True))
+
+
+# Factors are padded with zeros to the longest of them, up to so many times their length.
+_PADDING = 4
+
+
+def orthonormal_each(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Orthonormalise factors of several shapes, as `orthonormal` does; on an accelerator in as few launches as it can.
+
+    Args:
+        factors: (b, r, k) each.
+        dtype: of the results.
+    """
+    if not factors or verdict.host_waits_for(factors[0].device):
+        return [orthonormal(factor, dtype) for factor in factors]
+    bases = [torch.empty_like(factor, dtype=dtype) for factor in factors]
+    longest_first = sorted(range(len(factors)), key=lambda index: factors[index].shape[1:], reverse=True)
+    while longest_first:
+        rank, longest = factors[longest_first[0]].shape[1:]
+        shapes = {index: factors[index].shape for index in longest_first}
+        batch = [index for index, (_, r, k) in shapes.items() if r == rank and k * _PADDING >= longest]
+        longest_first = [index for index in longest_first if index not in batch]
+        rows = [len(factors[index]) for index in batch]
+        padded = torch.zeros(sum(rows), rank, longest, dtype=torch.float64, device=factors[0].device)
+        for index, place in zip(batch, torch.split(padded, rows), strict=True):
+            place[..., : shapes[index][2]].copy_(factors[index])
+        traces = _padded_traces(tuple(tuple(shapes[index]) for index in batch), padded.device)
+        for index, basis in zip(batch, torch.split(_orthonormal_by_gram(padded, traces), rows), strict=True):
+            bases[index].copy_(basis[..., : shapes[index][2]])
+    return bases
+
+
+def orthonormal_by_gram(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Orthonormalise factors as `orthonormal` does on an accelerator."""
+    of_shape = trace(*factor.shape[-2:], factor.device)
+    return _orthonormal_by_gram(factor, of_shape).to(dtype, memory_format=torch.contiguous_format)
+
+
+def _orthonormal_by_gram(factor: Tensor, traces: Tensor) -> Tensor:
+    there = factor.any(dim=-2, keepdim=True)
+    return _from_gram_matrix(factor, traces).mul_(there | ~there.any(dim=-1, keepdim=True))
 
 
 # Of a row's largest entry. It makes independent what is not, and moves the span by no more than float32's rounding. A
@@ -47,7 +86,7 @@ def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
 _TRACE = 1e-7
 
 
-def _from_gram_matrix(factor: Tensor) -> Tensor:
+def _from_gram_matrix(factor: Tensor, traces: Tensor) -> Tensor:
     """Orthonormalise factors by Cholesky's factor of their Gram matrix, with no answer that the host has to wait for.
 
     In float64, on rows scaled to a largest entry of 1, to which a small random trace is added. Twice, since once leaves
@@ -55,14 +94,14 @@ def _from_gram_matrix(factor: Tensor) -> Tensor:
 
     Args:
         factor: (…, r, k).
+        traces: (…, r, k), float64, that are added.
 
     Returns:
         (…, r, k), float64.
     """
     wide = factor.double()
     largest = torch.linalg.vector_norm(wide, torch.inf, dim=-1, keepdim=True)
-    trace = _trace(*factor.shape[-2:], factor.device)
-    basis = torch.addcdiv(trace, wide, largest.clamp_min_(torch.finfo(torch.float64).tiny))
+    basis = torch.addcdiv(traces, wide, largest.clamp_min_(torch.finfo(torch.float64).tiny))
     for _ in range(2):
         triangle, _ = torch.linalg.cholesky_ex(basis @ basis.mT)
         basis = torch.linalg.solve_triangular(triangle, basis, upper=False)
@@ -70,8 +109,17 @@ def _from_gram_matrix(factor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _trace(rank: int, length: int, device: torch.device) -> Tensor:
+def trace(rank: int, length: int, device: torch.device) -> Tensor:
+    """Give the trace that is added to a factor before a basis is made of its Gram matrix, (r, k), float64."""
     return _TRACE * random_factor(f"trace/{rank}/{length}", rank, length).double().to(device)
+
+
+@lru_cache(maxsize=64)
+def _padded_traces(shapes: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
+    """Give the traces of factors (b, r, k) that are padded with zeros to the longest. They must not reach there."""
+    longest = max(k for _, _, k in shapes)
+    each = [(b, torch.nn.functional.pad(trace(r, k, device), (0, longest - k))) for b, r, k in shapes]
+    return torch.cat([padded.expand(b, -1, -1) for b, padded in each])
 
 
 def unique_basis(factor: Tensor, trace: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,8 +158,16 @@ def normalize_rows(factor: Tensor, fallback: Tensor) -> Tensor:
     Returns:
         (…, r, k), of the fallback's dtype.
     """
-    largest = factor.abs().amax(dim=-1, keepdim=True)
+    largest = largest_entries(factor)
     return torch.where(largest > 0, factor / largest, fallback).to(fallback.dtype)
+
+
+def largest_entries(factor: Tensor) -> Tensor:
+    """Give the largest magnitude in each row of factors (…, r, k), (…, r, 1); NaN where one is."""
+    if verdict.host_waits_for(factor.device):
+        return factor.abs().amax(dim=-1, keepdim=True)  # a norm takes a CPU longer
+    largest: Tensor = torch.linalg.vector_norm(factor, torch.inf, dim=-1, keepdim=True)
+    return largest
 
 
 def random_factor(draw: str, rank: int, length: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The passes over matrices that `passes` makes one by one, made for all matrices of a group in one launch, on a GPU.
+"""What is done with matrices and factors one by one, done for all of a group in one launch, on a GPU.
 
 `kernels` has them in Triton's language, and Triton compiles them when they are first used. CUDA's builds of PyTorch
 bring Triton along. Before the first use on a device they are compared with PyTorch's operations there. Where Triton is
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_powersgd.compressor import passes
+from lightning_powersgd.compressor.basis import normalize_rows, orthonormal_by_gram, trace
 from lightning_powersgd.compressor.codec import saturated
 from lightning_powersgd.compressor.plan import SIDES, Side
 from lightning_powersgd.compressor.precision import full_precision
@@ -35,6 +36,8 @@ _LARGEST_LENGTH = 2**24
 # Of each program: rows and columns of a matrix, or entries of a factor.
 TILE = 64
 ENTRIES = 512
+# Of a factor, numbers that a program makes a basis of at once: eight in a thread.
+STRETCH = 2048
 # A thread has 16 elements of a tile, and nothing that it works on leaves its registers. Products and sums are rounded
 # one by one: fused, they would round otherwise where a compiler chooses to fuse them.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
@@ -58,13 +61,29 @@ class Projection(NamedTuple):
         gradient: (n, m).
         error: (n, m), if it is yet to be added.
         basis: (r, m) or (r, n).
-        out: (r, n) or (r, m).
+        out: (r, n) or (r, m), in any of the dtypes; given the share of the mean over the ranks.
+        own: alike, given the share times the number of ranks, as it is after its rounding; ``None`` if nobody asks.
     """
 
     gradient: Tensor
     error: Tensor | None
     basis: Tensor
     out: Tensor
+    own: Tensor | None = None
+
+
+class Judgement(NamedTuple):
+    """Averaged factors of a matrix, to be judged and kept.
+
+    Attributes:
+        factor: (r, k), turned into NaN if it is not finite, or the other is not.
+        kept: (r, k), the one that the next step starts from; overwritten if it is to be kept.
+        other: of the other side; ``None`` where there is no other.
+    """
+
+    factor: Tensor
+    kept: Tensor
+    other: Tensor | None
 
 
 class Decompression(NamedTuple):
@@ -86,7 +105,7 @@ class Decompression(NamedTuple):
 
 
 class FusedPasses:
-    """The passes over a group's matrices.
+    """What is done with a group's matrices and factors.
 
     Kernels are told addresses, in a table for each pass. A table is made anew when an address has changed, as when DDP
     rebuilds its buckets.
@@ -101,49 +120,146 @@ class FusedPasses:
         self._in_place = dtypes.gradient == dtypes.matrix
         self._tables: dict[Hashable, tuple[Any, Tensor]] = {}
 
-    def takes(self, matrix: Tensor, rank: int) -> bool:
+    def takes(self, n: int, m: int, rank: int) -> bool:
         """Whether kernels work on a matrix of this shape; else it is left to PyTorch's operations."""
-        return rank <= LARGEST_RANK and max(matrix.shape) <= _LARGEST_LENGTH
+        return rank <= LARGEST_RANK and max(n, m) <= _LARGEST_LENGTH
 
-    def project(self, side: Side, matrices: Sequence[Projection], scale: float | Tensor = 1.0) -> None:
+    def project(
+        self,
+        side: Side,
+        matrices: Sequence[Projection],
+        scale: float | Tensor = 1.0,
+        world_size: int = 1,
+        whole: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
         """Form M = gradient + scale · error, in the gradient if it has M's dtype, and project it onto each basis.
 
         Args:
             side: of the results: (r, n) for the left one, (r, m) for the right one.
-            matrices: with errors all, or none.
+            matrices: with errors all, or none; results of one dtype, and own shares, too.
             scale: of the loss, in units of the one that the errors were computed at.
+            world_size: W, by which results are divided.
+            whole: gradients that are sent whole, and where their shares are to lie, in the dtype of the results.
         """
+        sums: list[tuple[int, ...]] = []
+        begin = 0
+        passes_of: list[tuple[int, list[Projection], int]] = []
         for axis in (0, 1):
             alike = [one for one in matrices if _axis(side, one.gradient) == axis]
             if alike:
-                self._project(axis, alike, scale)
+                passes_of.append((axis, alike, begin))
+            for one in alike:
+                tiles = _parts(_as_it_lies(one.gradient).shape[axis], TILE)
+                sums.append((0, begin, tiles, one.out.numel(), _address(one.out), _address(one.own)))
+                begin += tiles * one.out.numel()
+        memory = torch.empty(begin, device=self._device)
+        for axis, alike, first in passes_of:
+            self._project(axis, alike, scale, memory, first)
+        sums += [(_address(one), 0, 0, one.numel(), _address(place), 0) for one, place in whole]
+        own = matrices[0].own
+        launch(
+            "add_up",
+            self._list(("add up", side), [_parts(row[3], ENTRIES) for row in sums]),
+            self._table(("add up", side), sums),
+            memory,
+            MATRIX=self._dtypes.matrix,
+            WIRE=matrices[0].out.dtype,
+            OWN=torch.float32 if own is None else own.dtype,
+            WORLD_SIZE=world_size,
+            WIDTH=len(sums[0]),
+            ENTRIES=ENTRIES,
+        )
 
-    def _project(self, axis: int, matrices: Sequence[Projection], scale: float | Tensor) -> None:
+    def _project(
+        self, axis: int, matrices: Sequence[Projection], scale: float | Tensor, sums: Tensor, begin: int
+    ) -> None:
         adds = matrices[0].error is not None
-        rows, shapes, begin = [], [], 0
-        for gradient, error, basis, out in matrices:
+        rows, shapes = [], []
+        for gradient, error, basis, out, _ in matrices:
             n, m = shape = _as_it_lies(gradient).shape
             shapes.append(shape)
-            addresses = (_address(gradient), _address(error), _address(basis), _address(out))
-            rows.append((*addresses[:2], n, m, len(basis), addresses[2], begin, addresses[3]))
+            rows.append((_address(gradient), _address(error), n, m, len(basis), _address(basis), begin))
             begin += _parts(shape[axis], TILE) * out.numel()
-        table = self._table(("project", axis, adds), rows)
-        sums = torch.empty(begin, device=self._device)
-        constants = {"AXIS": axis, "MATRIX": self._dtypes.matrix, "TILE": TILE, "WIDTH": len(rows[0])}
         launch(
             "project",
             self._tiles(("project", axis), shapes),
-            table,
+            self._table(("project", axis, adds), rows),
             self._on_device(scale) if adds else None,
             sums,
+            AXIS=axis,
             ADD=adds,
             STORE=self._in_place,
             GRADIENT=self._dtypes.gradient,
             ERROR=self._dtypes.error,
-            **constants,
+            MATRIX=self._dtypes.matrix,
+            TILE=TILE,
+            WIDTH=len(rows[0]),
         )
-        stretches = self._list(("add up", axis), [_parts(one.out.numel(), ENTRIES) for one in matrices])
-        launch("add_up", stretches, table, sums, ENTRIES=ENTRIES, **constants)
+
+    def orthonormalize(self, side: Side, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Make a basis of each factor, as `basis.orthonormal` does on an accelerator.
+
+        Args:
+            side: of the factors.
+            factors: (r, k) of one dtype, and where their bases go, (r, k) of M's dtype.
+        """
+        for rows in sorted({_rows_for(len(factor)) for factor, _ in factors}):
+            table, space, traces = [], 0, []
+            for factor, basis in factors:
+                r, k = factor.shape
+                if _rows_for(r) == rows:
+                    traces.append(trace(r, k, self._device))
+                    table.append((_address(factor), r, k, _address(traces[-1]), _address(basis), space))
+                    space += r * k + rows * rows
+            launch(
+                "orthonormalize",
+                self._list(("bases", side, rows), [1] * len(table)),
+                self._table(("bases", side, rows), table),
+                torch.empty(space, dtype=torch.float64, device=self._device),
+                WIRE=factors[0][0].dtype,
+                MATRIX=self._dtypes.matrix,
+                WIDTH=len(table[0]),
+                ROWS=rows,
+                COLUMNS=STRETCH // rows,
+            )
+
+    def keep(
+        self,
+        side: Side,
+        matrices: Sequence[Judgement],
+        finite: Tensor | None = None,
+        flags: Tensor | None = None,
+    ) -> Tensor:
+        """Judge averaged factors, and keep those of a side for the next step, as `basis.normalize_rows` scales them.
+
+        Args:
+            side: of the factors that are kept.
+            matrices: whose factors have one dtype.
+            finite: a bool to judge all of them by; ``None``: judge each by itself.
+            flags: (b,) of that dtype, positive where a parameter was used; of the others nothing is kept.
+
+        Returns:
+            (b,) bools, whether each was kept.
+        """
+        rows = [
+            (_address(factor), *factor.shape, _address(kept), _address(other), 0 if other is None else other.numel())
+            for factor, kept, other in matrices
+        ]
+        keep = torch.empty(len(matrices), dtype=torch.bool, device=self._device)
+        launch(
+            "keep_factors",
+            self._list("keep", [1] * len(rows)),
+            self._table(("keep", side), rows),
+            finite,
+            flags,
+            keep,
+            TOGETHER=finite is not None,
+            FOLLOW=flags is not None,
+            WIRE=matrices[0].factor.dtype,
+            WIDTH=len(rows[0]),
+            ENTRIES=ENTRIES,
+        )
+        return keep
 
     def decompress(
         self, side: Side, matrices: Sequence[Decompression], scale: float | Tensor = 1.0, keep: Tensor | None = None
@@ -152,7 +268,8 @@ class FusedPasses:
 
         Args:
             side: of the projections: (r, n) for the left one, (r, m) for the right one.
-            matrices: whose gradients hold M if they have its dtype; with errors all, or none.
+            matrices: whose gradients hold M if they have its dtype; with errors all, or none; averages of one dtype,
+                and own projections, too.
             scale: as in `project`.
             keep: (b,) bools, whether to write the error of each; ``None``: all of them.
         """
@@ -187,6 +304,8 @@ class FusedPasses:
             GRADIENT=self._dtypes.gradient,
             ERROR=self._dtypes.error,
             MATRIX=self._dtypes.matrix,
+            AVERAGE=matrices[0][1].average.dtype,
+            OWN=matrices[0][1].own.dtype,
             TILE=TILE,
             WIDTH=len(rows[0]),
         )
@@ -246,6 +365,11 @@ def passes_for(device: torch.device, dtypes: Dtypes) -> FusedPasses | None:
     return FusedPasses(device, dtypes) if fit and runs_on(device) and _works(device, dtypes) else None
 
 
+def travels(dtype: torch.dtype) -> bool:
+    """Whether kernels read and write factors in the dtype that they travel in."""
+    return dtype in _STORED
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether a device is one that Triton makes code for here, unless it is switched off."""
     return device.type == "cuda" and os.environ.get(SWITCH) != "0"
@@ -279,6 +403,7 @@ def _works(device: torch.device, dtypes: Dtypes) -> bool:
 
         with _current(device), full_precision(device):
             _compare(device, dtypes)
+            _compare_factors(device, dtypes)
     except Exception as error:  # whatever a compiler or a driver raises
         _log.warning(
             "PowerSGD computes with PyTorch's operations on %s, in more launches, since its Triton kernels do not work"
@@ -330,6 +455,27 @@ def _compare(device: torch.device, dtypes: Dtypes) -> None:
             _require_close(ours, theirs, dtypes)
 
 
+def _compare_factors(device: torch.device, dtypes: Dtypes) -> None:
+    """Make bases of a few factors, and judge and keep them.
+
+    Raises:
+        ArithmeticError: if PyTorch's operations give something else.
+    """
+    generator, fused = torch.Generator().manual_seed(1), FusedPasses(device, dtypes)
+    for number, (_, k, r) in enumerate(_COMPARED):
+        factors = torch.randn(3, r, k, generator=generator).to(device, dtypes.matrix)
+        basis, kept = torch.empty_like(factors[0]), factors[2].clone()
+        fused.orthonormalize("left", [(factors[0], basis)])
+        expected = [orthonormal_by_gram(factors[0], dtypes.matrix), normalize_rows(factors[0], factors[2])]
+        if number == 1:
+            factors[1, 0, 0] = torch.inf
+            expected[1] = factors[2]
+        keep = fused.keep("left", [Judgement(factors[0], kept, factors[1])])
+        _require_close([basis, kept], expected, dtypes)
+        if bool(keep) != (number != 1) or bool(factors[0].isnan().all()) == bool(keep):
+            raise ArithmeticError(f"with {dtypes} factors are not judged as they should be")
+
+
 def _with_pytorch(side: Side, matrix: Decompression, scale: Tensor, keep: bool) -> list[Tensor]:
     """Give what PyTorch's operations make of a matrix: its projection, its gradient, and its error if it has one."""
     gradient, error, basis, average, own = matrix
@@ -359,6 +505,11 @@ def _axis(side: Side, matrix: Tensor) -> int:
 
 def _parts(length: int, size: int) -> int:
     return -(-length // size)
+
+
+def _rows_for(rank: int) -> int:
+    """Give the rows that a program has, which makes a basis: a power of two, and 4 or more."""
+    return max(4, 1 << (rank - 1).bit_length())
 
 
 def _as_it_lies(matrix: Tensor) -> Tensor:

@@ -117,14 +117,14 @@ class NativePasses:
     def __init__(self, native: ctypes.CDLL) -> None:
         self._native = native
 
-    def takes(self, matrix: Tensor, rank: int) -> bool:  # noqa: ARG002
+    def takes(self, n: int, m: int, rank: int) -> bool:  # noqa: ARG002
         """Whether it works on a matrix of this shape: on all."""
         return True
 
     def project(self, side: Side, matrices: Iterable[Projection], scale: float | Tensor = 1.0) -> None:
         """Do what `passes.project` does with each matrix (see `fused.FusedPasses.project`)."""
         table: list[int] = []
-        for gradient, error, basis, out in matrices:
+        for gradient, error, basis, out, _ in matrices:
             table += _projection(side, gradient, error, basis, out)
         _make_passes(self._native, table, float(scale))
 

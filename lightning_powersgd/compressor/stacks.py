@@ -32,10 +32,8 @@ class Stacks:
         self.blocks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         place_of = {slot.name: place for place, slot in enumerate(group.compressed)}
         places = [place_of[slot.name] for slots in self._slots for slot in slots]
-        order = sorted(range(len(places)), key=places.__getitem__)
-        # Where the matrices of each block are in the group, and where those of the group are in the blocks.
+        # Where the matrices of each block are in the group.
         self._places = torch.split(torch.tensor(places, dtype=torch.long).to(flat.device), [b for b, _, _ in shapes])
-        self._order = torch.tensor(order, dtype=torch.long).to(flat.device)
 
     @cached_property
     def named(self) -> dict[str, Tensor]:
@@ -45,10 +43,6 @@ class Stacks:
     def of_each(self, per_matrix: Tensor) -> list[Tensor]:
         """Give what there is one of for each matrix, in the order of the group, as (b, 1, 1) for each block."""
         return [per_matrix[places].view(-1, 1, 1) for places in self._places]
-
-    def per_matrix(self, blocks: Sequence[Tensor]) -> Tensor:
-        """Give what was found out of each matrix, (b,) for each block, in the order of the group."""
-        return torch.cat(list(blocks))[self._order]
 
 
 def named(stacks: Sequence[Sequence[Slot]], blocks: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ from lightning_powersgd.compressor.plan import (
 from lightning_powersgd.compressor.scales import Scales
 from lightning_powersgd.compressor.stacks import Stacks
 from lightning_powersgd.compressor.trial import Trial
-from lightning_powersgd.compressor.verdict import Verdict
+from lightning_powersgd.compressor.verdict import Verdict, any_of
 
 
 class PowerSGDState:
@@ -209,6 +209,10 @@ class PowerSGDState:
             drawn = torch.cat([self.first_factor(slot, side).flatten() for slot in slots])
             stacks.flat.copy_(drawn, non_blocking=True)
 
+    def keeps(self, group: int, side: Side) -> bool:
+        """Whether anything is kept of a group's averaged factors of a side."""
+        return side in self.held_factors[group] or side in self.scales.of_groups[group].magnitudes
+
     def keep_factors(self, group: int, side: Side, factors: Sequence[Tensor], keep: Sequence[bool | Tensor]) -> None:
         """Keep averaged factors as the next warm start, if they are to be one, and the magnitudes of their rows.
 
@@ -222,15 +226,19 @@ class PowerSGDState:
             held = self.held_factors[group][side].blocks
             for kept, factor, keep_these in zip(held, factors, keep, strict=True):
                 assign(kept, normalize_rows(factor, fallback=kept), keep_these)
-            self._ask_whether_computed(group, side, factors, keep)
+            if self.holds_drawn(group, side):
+                self.ask_whether_computed(group, side, factors, keep)
         self.scales.of_groups[group].keep(side, factors, keep)
 
-    def _ask_whether_computed(
+    def holds_drawn(self, group: int, side: Side) -> bool:
+        """Whether a group's factors of a side may hold something drawn, and not yet computed from gradients."""
+        slots = self.plan.groups[group].compressed
+        return self.config.warm_start and any(side in self.drawn[slot.name] for slot in slots)
+
+    def ask_whether_computed(
         self, group: int, side: Side, factors: Sequence[Tensor], keep: Sequence[bool | Tensor]
     ) -> None:
-        """Let the device find out which factors hold nothing drawn any more."""
-        if not self.config.warm_start:
-            return
+        """Let the device find out which factors hold nothing drawn any more: arguments as in `keep_factors`."""
         for slots, factor, keep_these in zip(self.plan.groups[group].stacks(side), factors, keep, strict=True):
             names = [slot.name for slot in slots]
             if any(side in self.drawn[name] for name in names):
@@ -299,18 +307,19 @@ class PowerSGDState:
     def held(self, side: Side) -> None:
         self._held, self._verdict, self._asked = side, None, []
 
-    def keep_step(self, kept: bool | Tensor) -> None:
-        """Note whether a compressed step's errors and factors were kept.
+    def keep_step(self, kept: Sequence[bool | Tensor]) -> None:
+        """Note whether any of a compressed step's errors and factors were kept.
 
         Args:
-            kept: a scalar tensor is not read before the next step, and only if that depends on it.
+            kept: of each group, or of all; a tensor is not read before the next step, and only if that depends on it.
         """
-        if kept is not False:  # or not yet known
+        if any(answer is not False for answer in kept):  # or not yet known
             self.averaged = False
             self.owing = True
         self.scales.learn()
         if self.config.alternate:
-            answers = [torch.as_tensor(kept, device=self.device).view(1), *(whole for _, _, whole in self._asked)]
+            any_kept = torch.as_tensor(any_of(kept), device=self.device)
+            answers = [any_kept.view(1), *(whole for _, _, whole in self._asked)]
             self._verdict = Verdict(torch.cat(answers))
 
     def state_dict(self, *, error_feedback: bool = True) -> dict[str, Any]:

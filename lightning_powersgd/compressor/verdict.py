@@ -24,9 +24,9 @@ def known_each(answers: Tensor) -> list[bool] | list[Tensor]:
 
 
 def any_of(answers: Sequence[bool | Tensor]) -> bool | Tensor:
-    """Whether any of several answers is yes; on the device if one of them is there."""
-    on_device = [answer for answer in answers if isinstance(answer, Tensor)]
-    return torch.stack(on_device).any() if on_device else any(answers)
+    """Whether any of several answers is yes; on the device if one of them is there, which may be of several bools."""
+    on_device = [answer.flatten() for answer in answers if isinstance(answer, Tensor)]
+    return torch.cat(on_device).any() if on_device else any(answers)
 
 
 class Verdict:

@@ -47,7 +47,7 @@ from lightning_powersgd.compressor.plan import Plan, Slot
 from lightning_powersgd.compressor.precision import full_precision
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.compressor.trial import Trial
-from lightning_powersgd.compressor.verdict import any_of, known
+from lightning_powersgd.compressor.verdict import host_waits_for, known
 from lightning_powersgd.exchange.agreement import largest_of_ranks
 from lightning_powersgd.exchange.averages import mean_over_ranks
 from lightning_powersgd.exchange.groups import CompressedGroup, ExactGroup
@@ -214,7 +214,8 @@ class GradientExchange:
         self.exchanging = True
         self._dense_bytes = 0
         with self._lane.apart(), full_precision(self._device):
-            self._wires.begin_step(self.state.encodes)
+            # A CPU looks at all that was received first, since it nearly always is finite.
+            self._wires.begin_step(self.state.encodes, host_waits_for(self._device) or self._together)
             self._forget_gradients()
             self._loss_scale.begin_step()
         state, self._unsent = self.state, None
@@ -375,6 +376,11 @@ class GradientExchange:
         return self._compressed if self.compressing else self._exact
 
     @property
+    def _together(self) -> bool:
+        """Whether all matrices are judged by everything that was received, and not each by itself."""
+        return self._loss_scale.changes or self._judges is not None
+
+    @property
     def _tries(self) -> bool:
         """Whether compressed and exact steps are compared."""
         return self.state.may_compress and not self.alone and self.compresses_any
@@ -446,16 +452,16 @@ class GradientExchange:
         """
         # Every rank that averages holds the same averages, so all of them judge alike.
         blemish = self._wires.receive()
-        if self._judges is not None:
+        if blemish is not None and self._judges is not None:
             dist.all_reduce(blemish, group=self._judges)
         if self.alone:
             return {}
-        finite = cast("bool | Tensor", known(blemish == 0))
-        together = self._loss_scale.changes or self._judges is not None
+        finite = False if blemish is None else cast("bool | Tensor", known(blemish == 0))
+        together = self._together
         kept = [group.finish(finite, together=together) for group in self._compressed]
-        keep = finite if together else any_of(kept)
-        self._loss_scale.end_step(keep)
-        self.state.keep_step(keep)
+        if together:
+            self._loss_scale.end_step(finite)
+        self.state.keep_step([finite] if together else kept)
         return {name: factors for group in self._compressed for name, factors in group.averages.items()}
 
     def _forget_gradients(self) -> None:

@@ -8,16 +8,17 @@ and has been judged.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_powersgd.compressor import verdict
-from lightning_powersgd.compressor.basis import orthonormal
+from lightning_powersgd.compressor.basis import orthonormal_each
 from lightning_powersgd.compressor.codec import cut
+from lightning_powersgd.compressor.fused import FusedPasses, Judgement, travels
 from lightning_powersgd.compressor.plan import SIDES, Group, Side, Slot, other_side
-from lightning_powersgd.compressor.stacks import Stacks
+from lightning_powersgd.compressor.stacks import Stacks, named
 from lightning_powersgd.compressor.state import PowerSGDState
 from lightning_powersgd.exchange.integers import IntegerWire
 from lightning_powersgd.exchange.loss_scale import LossScale
@@ -160,9 +161,13 @@ class CompressedGroup(_Group):
 
         # This rank's own part of the last factors as it was sent, so that the error holds its rounding too.
         self._own = self._make_stacks(last_sides, torch.promote_types(group.dtype, torch.float32))
+        # Kernels that work on all factors where they lie, and make ready what is sent.
+        self._direct = self._fused if isinstance(self._fused, FusedPasses) and self._may_be_direct() else None
         # Projections as they are computed, where they do not travel in that dtype.
-        self._computed = self._make_stacks(SIDES, self._dtype) if self._dtype != group.dtype else None
+        own_memory = self._dtype != group.dtype and self._direct is None
+        self._computed = self._make_stacks(SIDES, self._dtype) if own_memory else None
         self._last_wire, self._sends_last = self._wire, False
+        self._nan = torch.full((), torch.nan, dtype=group.dtype, device=state.device)
         # Memory for what passes find by its address (see `_settled`).
         self._places: dict[str, dict[Side, Stacks]] = {}
         # Of this step: what matrices are projected onto, and its side; the gains; and where projections go.
@@ -210,13 +215,17 @@ class CompressedGroup(_Group):
 
     def put_in(self) -> None:
         """Put all gradients into the first payload: whole, or their projections after adding the errors."""
-        if self._first_whole:
+        if self._first_whole and self._direct is None:
             torch._foreach_copy_(list(self._first_whole.values()), [self._whole[name] for name in self._first_whole])
         if not self._matrices:
             return
         self._begin_step()
         held = self._state.held
-        project_each(self._matrices, other_side(held), self._projections, self._fused)
+        if self._direct is not None:
+            whole = [(self._whole[name], place) for name, place in self._first_whole.items()]
+            self._project_and_share(self._direct, other_side(held), last=self._alternate, whole=whole)
+        else:
+            project_each(self._matrices, other_side(held), self._projections, self._fused)
         for name, matrix in self._matrices.items():
             if held in self._state.drawn[name]:
                 # Where nothing is on any rank, nothing may come to be: what was drawn at random must not reach there.
@@ -229,13 +238,18 @@ class CompressedGroup(_Group):
             self._flags.copy_(torch.tensor(reached, dtype=self._flags.dtype), non_blocking=True)
         if self._alternate:
             self._sent = other_side(self._state.held)
+        if self._direct is None:
             self._wire.share(self._wire.flat[: self._start])
-            self._share_last()
-            self._wire.send(self._wire.flat[: self._place_supports(self._start + self._group.length(self._sent))])
-        else:
-            self._wire.share(self._wire.flat[: self._start])
-            self._share("left", self._wire)
-            self._wire.send(self._wire.flat)
+            if self._alternate:
+                self._share_last()
+            else:
+                self._share("left", self._wire)
+        elif self._reached is not None:
+            self._wire.share(self._flags)
+        length = len(self._wire.flat)
+        if self._alternate:
+            length = self._place_supports(self._start + self._group.length(self._sent))
+        self._wire.send(self._wire.flat[:length])
         for name, wire in self._alone.items():
             wire.send(self._whole[name].view(-1).div_(self._wires.world_size))
 
@@ -245,9 +259,7 @@ class CompressedGroup(_Group):
         if self._first_whole:
             torch._foreach_copy_([self._whole[name] for name in self._first_whole], list(self._first_whole.values()))
         if not self._alternate:
-            # In M's dtype, since a basis never travels and need not be rounded to the wire's.
-            received = self._received("left", self._payload["left"].blocks)
-            self._set_basis("left", [orthonormal(factors, self._dtype) for factors in received])
+            self._set_orthonormal("left", self._payload["left"])
         if self._reached is not None:
             # Without a basis the gradient is zero.
             used = self._payload[self._side_of_basis].of_each(self._flags > 0)
@@ -258,8 +270,11 @@ class CompressedGroup(_Group):
         if self._alternate:
             return
         self._projections = self._computed_by_name("right")
-        project_each(self._matrices, "right", self._projections, self._fused)
-        self._share_last()
+        if self._direct is not None:
+            self._project_and_share(self._direct, "right", last=True)
+        else:
+            project_each(self._matrices, "right", self._projections, self._fused)
+            self._share_last()
         if self._sends_last:
             self._last_wire.send(self._last_wire.flat)
 
@@ -274,25 +289,49 @@ class CompressedGroup(_Group):
             together: judge each matrix by that, and not by itself.
 
         Returns:
-            Whether errors and factors were kept, of any matrix at least.
+            Whether errors and factors were kept, of any matrix at least; (b,) of each, where that stays on its device.
         """
         if not self._matrices:
             return False
+        if self._direct is not None:
+            return self._finish_direct(self._direct, finite, together)
         sides = (self._sent,) if self._alternate else SIDES
         factors = {side: self._received(side, self._payload[side].blocks) for side in sides}
         finite_each, keep_each = self._judge(finite, together, factors)
         averages, own = factors[self._sent], self._received(self._sent, self._own[self._sent].blocks)
+        of_blocks: list[Tensor] = []
         if finite_each is not None:
             of_blocks = self._payload[self._sent].of_each(finite_each)
-            averages = [torch.where(ok, block, torch.nan) for ok, block in zip(of_blocks, averages, strict=True)]
+            averages = [torch.where(ok, block, self._nan) for ok, block in zip(of_blocks, averages, strict=True)]
         self._decompress(averages, own, keep_each)
         for side, blocks in factors.items():
+            if not self._state.keeps(self._index, side):
+                continue
             keep: list[bool] | list[Tensor] = [True] * len(blocks)
             if keep_each is not None:
-                keep = self._payload[side].of_each(keep_each)
+                same = side == self._sent and keep_each is finite_each
+                keep = of_blocks if same else self._payload[side].of_each(keep_each)
             self._state.keep_factors(self._index, side, blocks, keep)
         self._follow_loss_scale(finite_each, keep_each)
-        return True if keep_each is None else cast("bool | Tensor", verdict.known(keep_each.any()))
+        if keep_each is None:
+            return True
+        return bool(keep_each.any()) if verdict.host_waits_for(keep_each.device) else keep_each
+
+    def _finish_direct(self, direct: FusedPasses, finite: bool | Tensor, together: bool) -> Tensor:
+        """Do as `finish` does, with kernels that judge and keep factors where they lie."""
+        side, payload = self._sent, self._payload[self._sent]
+        kept = self._state.held_factors[self._index][side].named
+        others = {} if self._alternate else self._payload[other_side(side)].named
+        judgements = [Judgement(payload.named[name], kept[name], others.get(name)) for name in self._matrices]
+        all_finite = torch.as_tensor(finite, device=self._wire.flat.device) if together else None
+        keep_each = direct.keep(side, judgements, all_finite, None if self._reached is None else self._flags)
+        if self._state.holds_drawn(self._index, side):
+            self._state.ask_whether_computed(self._index, side, payload.blocks, payload.of_each(keep_each))
+        decompress_each(self._matrices, side, self._own[side].named, payload.named, keep_each, direct)
+        _, average_of = self._settled("average", side, payload.blocks, payload)
+        self.averages = self._factors(average_of)
+        self._follow_loss_scale(None if all_finite is None else all_finite.expand(len(self._matrices)), keep_each)
+        return keep_each
 
     def _judge(
         self, finite: bool | Tensor, together: bool, factors: Mapping[Side, list[Tensor]]
@@ -302,12 +341,10 @@ class CompressedGroup(_Group):
         if finite is not True and together:
             finite_each = torch.as_tensor(finite, device=self._wire.flat.device).expand(len(self._matrices))
         elif finite is not True:
-            finite_sides = []
-            for side, blocks in factors.items():
-                # The largest magnitude is infinite, or NaN, if any is.
-                largest = [torch.linalg.vector_norm(block, torch.inf, dim=(1, 2)) for block in blocks]
-                finite_sides.append(self._payload[side].per_matrix(largest).isfinite())
-            finite_each = torch.stack(finite_sides).all(dim=0)
+            by_side = [named(self._group.stacks(side), blocks) for side, blocks in factors.items()]
+            # The largest magnitude is infinite, or NaN, if any is.
+            largest = torch._foreach_norm([by_name[name] for by_name in by_side for name in self._matrices], torch.inf)
+            finite_each = (torch.stack(largest) < torch.inf).view(len(by_side), -1).all(dim=0)
         if self._reached is None:
             return finite_each, finite_each
         # If no rank used a parameter, its average is thrown away.
@@ -319,20 +356,54 @@ class CompressedGroup(_Group):
     def _decompress(self, averages: list[Tensor], own: list[Tensor], keep_each: Tensor | None) -> None:
         """Write the averaged gradients, and the local residuals into the errors."""
         side = self._sent
-        average_of = self._settled("average", side, averages, self._payload[side]).named
-        own_of = self._settled("own", side, own, self._own[side]).named
-        self.averages = decompress_each(self._matrices, side, own_of, average_of, keep_each, self._fused)
+        _, average_of = self._settled("average", side, averages, self._payload[side])
+        _, own_of = self._settled("own", side, own, self._own[side])
+        decompress_each(self._matrices, side, own_of, average_of, keep_each, self._fused)
+        self.averages = self._factors(average_of)
 
-    def _settled(self, use: str, side: Side, blocks: list[Tensor], source: Stacks | None = None) -> Stacks:
-        """Give factors in M's dtype, in memory that is the same in every step: in their own if they lie there so."""
+    def _factors(self, average_of: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Give the factors of which averaged gradients are products."""
+        return {name: matrix.factors(self._sent, average_of[name]) for name, matrix in self._matrices.items()}
+
+    def _settled(
+        self, use: str, side: Side, blocks: list[Tensor], source: Stacks | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Give factors in M's dtype, and by their names: where they lie, if they have it there.
+
+        Passes over all matrices find them by address, and get them in memory that is the same in every step.
+        """
         if source is not None and blocks is source.blocks and source.flat.dtype == self._dtype:
-            return source
+            return source.blocks, source.named
+        if self._fused is None:
+            blocks = [block.to(self._dtype) for block in blocks]
+            return blocks, named(self._group.stacks(side), blocks)
+        place = self._place_for(use, side)
+        if blocks:
+            torch._foreach_copy_(place.blocks, blocks)
+        return place.blocks, place.named
+
+    def _place_for(self, use: str, side: Side) -> Stacks:
+        """Give memory for factors in M's dtype, the same in every step."""
         if use not in self._places:
             self._places[use] = self._make_stacks(SIDES, self._dtype)
-        places = self._places[use][side]
-        if blocks:
-            torch._foreach_copy_(places.blocks, blocks)
-        return places
+        return self._places[use][side]
+
+    def _project_and_share(
+        self, direct: FusedPasses, side: Side, *, last: bool, whole: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> None:
+        """Compute projections where they travel, and make them ready to be sent, with what is sent whole.
+
+        Args:
+            direct: the kernels.
+            side: of the projections.
+            last: whether to keep them as they are after their rounding.
+            whole: gradients, and where they travel.
+        """
+        own = self._own[side].named if last else {}
+        matrices = [
+            matrix.to_be_projected(self._projections[name], own.get(name)) for name, matrix in self._matrices.items()
+        ]
+        direct.project(side, matrices, self._loss_scale.ratio, self._wires.world_size, whole)
 
     def _follow_loss_scale(self, finite_each: Tensor | None, keep_each: Tensor | None) -> None:
         """Let what a step that counts has not written anew refer to its loss scale, too."""
@@ -372,15 +443,25 @@ class CompressedGroup(_Group):
         self._gains = {side: scales.gains(side, ratio, world_size) if self._wires.encodes else [] for side in sides}
         factors = self._state.start_factors(self._index)
         if self._alternate:
-            self._set_basis(held, [orthonormal(block, self._dtype) for block in factors.blocks])
+            self._set_orthonormal(held, factors)
         else:
             self._set_basis(held, factors.blocks, factors)
         self._projections = self._computed_by_name(other_side(held))
 
+    def _set_orthonormal(self, side: Side, factors: Stacks) -> None:
+        """Let matrices be projected onto bases of factors: in M's dtype, since a basis never travels."""
+        if self._direct is not None:
+            place = self._place_for("basis", side)
+            pairs = [(factor, place.named[name]) for name, factor in factors.named.items()]
+            self._direct.orthonormalize(side, pairs)
+            self._set_basis(side, place.blocks, place)
+        else:
+            self._set_basis(side, orthonormal_each(self._received(side, factors.blocks), self._dtype))
+
     def _set_basis(self, side: Side, blocks: list[Tensor], source: Stacks | None = None) -> None:
-        settled = self._settled("basis", side, blocks, source)
-        self._side_of_basis, self._basis = side, settled.blocks
-        for name, basis in settled.named.items():
+        self._side_of_basis = side
+        self._basis, by_name = self._settled("basis", side, blocks, source)
+        for name, basis in by_name.items():
             self._matrices[name].basis = basis
 
     def _computed_by_name(self, side: Side) -> dict[str, Tensor]:
@@ -419,6 +500,11 @@ class CompressedGroup(_Group):
                 self._supports[name] = self._wire.flat[begin:position].copy_(support)
                 self._wire.share(self._supports[name])
         return position
+
+    def _may_be_direct(self) -> bool:
+        """Whether kernels take all matrices, and factors travel as they are computed, but for rounding."""
+        fit = all(matrix.fits(self._fused) for matrix in self._matrices.values())
+        return fit and travels(self._group.dtype) and not any(form.scaled for form in self._group.formats)
 
     def _make_wire(self, length: int) -> Wire:
         wires, form = self._wires, self.formats[0]

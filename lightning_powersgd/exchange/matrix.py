@@ -92,11 +92,11 @@ class Matrix:
         """Give the factors of what a projection of that side stands for, (r, n) and (r, m)."""
         return (self.basis, projection) if side == "right" else (projection, self.basis)
 
-    def to_be_projected(self, out: Tensor) -> Projection:
+    def to_be_projected(self, out: Tensor, own: Tensor | None = None) -> Projection:
         """Give what `passes_for`'s `project` takes. It leaves M in the gradient, if that has M's dtype."""
         pending = None if self._summed else self._error
         self._summed = self._in_place
-        return Projection(self._gradient, pending, self.basis, out)
+        return Projection(self._gradient, pending, self.basis, out, own)
 
     def to_be_decompressed(self, own: Tensor, average: Tensor) -> Decompression:
         """Give what `passes_for`'s `decompress` takes."""
@@ -104,7 +104,7 @@ class Matrix:
 
     def fits(self, fused: NativePasses | FusedPasses | None) -> bool:
         """Whether passes over many matrices take this one."""
-        return fused is not None and fused.takes(self._gradient, self._slot.rank)
+        return fused is not None and fused.takes(self._slot.rows, self._slot.columns, self._slot.rank)
 
     def _sum(self) -> tuple[Tensor, Tensor | None]:
         """Give M, (n, m), or the gradient in M's dtype and the error that is yet to be added to it in its place."""
@@ -151,7 +151,7 @@ def decompress_each(
     average: Mapping[str, Tensor],
     keep: Tensor | None,
     fused: NativePasses | FusedPasses | None,
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> None:
     """Write the averaged gradients over those of this rank, and the local residuals into the errors.
 
     Args:
@@ -161,9 +161,6 @@ def decompress_each(
         average: the means of the ranks' projections, by name.
         keep: (b,) bools, whether to update the error of each; ``None``: all of them.
         fused: as in `project_each`.
-
-    Returns:
-        The factors of the averages by name, (r, n) and (r, m).
     """
     together = {name: matrix for name, matrix in matrices.items() if matrix.fits(fused)}
     alone = len(together) < len(matrices)
@@ -179,7 +176,6 @@ def decompress_each(
     for (name, matrix), keep_this in zip(matrices.items(), keep_each, strict=True):
         if name not in together:
             matrix.decompress(side, own[name], average[name], keep_this)
-    return {name: matrix.factors(side, average[name]) for name, matrix in matrices.items()}
 
 
 def _add_errors(matrices: Iterable[Matrix]) -> None:
@@ -211,7 +207,7 @@ def write_average(gradient: Tensor, slot: Slot, factors: tuple[Tensor, Tensor]) 
     left, right = factors
     # Without an error: it makes no difference to the average.
     fused = passes_for(view.device, Dtypes(view.dtype, None, left.dtype))
-    if fused is not None and fused.takes(view, slot.rank):
+    if fused is not None and fused.takes(slot.rows, slot.columns, slot.rank):
         fused.decompress("right", [Decompression(view, None, left, right, right)])
         return
     matrix = view if view.dtype == left.dtype else torch.empty_like(view, dtype=left.dtype)

@@ -26,6 +26,7 @@ class Wires:
         world_size: the number of ranks.
         sent_bytes: bytes handed to collectives in this step.
         encodes: whether factors can travel as integers in this step, if they are to (see `integers`).
+        judges: whether somebody asks in this step if everything that was received is finite.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -33,7 +34,7 @@ class Wires:
         self.device = device
         self.world_size = dist.get_world_size(process_group)
         self.sent_bytes = 0
-        self.encodes = True
+        self.encodes = self.judges = True
         self._wires: list[Wire] = []
 
     @property
@@ -46,9 +47,9 @@ class Wires:
         self._wires.append(wire)
         return wire
 
-    def begin_step(self, encodes: bool) -> None:
+    def begin_step(self, encodes: bool, judges: bool) -> None:
         """Begin a step. One that was broken off by an exception is forgotten."""
-        self.sent_bytes, self.encodes = 0, encodes
+        self.sent_bytes, self.encodes, self.judges = 0, encodes, judges
         for wire in self._wires:
             wire.forget()
 
@@ -75,14 +76,17 @@ class Wires:
         work = dist.all_gather_into_tensor(everyones, mine, group=self.process_group, async_op=True)
         return work, everyones.view(self.world_size, -1)
 
-    def receive(self) -> Tensor:
+    def receive(self) -> Tensor | None:
         """Wait for all that is on its way.
 
         Returns:
             Zero if everything that this step received is finite, else NaN; a float32 scalar, the same on all ranks.
+            ``None`` if nobody asks.
         """
         for wire in self._wires:
             wire.receive()
+        if not self.judges:
+            return None
         blemishes = [wire.blemish for wire in self._wires] or [torch.zeros((), device=self.device)]
         return torch.stack(blemishes).sum().float()
 
@@ -101,7 +105,7 @@ class Wire:
 
     Attributes:
         flat: the buffer.
-        blemish: zero if all that was received is finite, else NaN.
+        blemish: zero if all that was received is finite, else NaN; only where somebody asks.
     """
 
     def __init__(self, wires: Wires, length: int, dtype: torch.dtype) -> None:
@@ -131,7 +135,7 @@ class Wire:
         """
         self.share(part)
         if own is not None:
-            own.copy_(part).mul_(self._wires.world_size)
+            torch.mul(part.to(own.dtype), self._wires.world_size, out=own)
 
     def forget(self) -> None:
         """Let go of a step that was broken off, when what it has sent no longer touches the buffer."""
@@ -153,6 +157,7 @@ class Wire:
             if work is not None:
                 work.wait()
             self._in_flight = None
-            # Zero times a number is zero, and times inf or NaN is NaN. One journey through memory and no temporary,
-            # where `isfinite` takes ten times as long.
-            self.blemish = (torch.stack(torch.aminmax(as_real(payload))) * 0).sum()
+            if self._wires.judges:
+                # Zero times a number is zero, and times inf or NaN is NaN. One journey through memory and no temporary,
+                # where `isfinite` takes ten times as long.
+                self.blemish = (torch.stack(torch.aminmax(as_real(payload))) * 0).sum()

@@ -10,7 +10,13 @@ from nets import like_an_accelerator, randn
 from reference import orth
 from torch import Tensor
 
-from lightning_powersgd.compressor.basis import normalize_rows, orthonormal, random_factor, unique_basis
+from lightning_powersgd.compressor.basis import (
+    normalize_rows,
+    orthonormal,
+    orthonormal_each,
+    random_factor,
+    unique_basis,
+)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 16, 64])
@@ -118,6 +124,22 @@ def test_an_accelerators_bases_do_not_depend_on_what_is_stacked_with_them():
     with like_an_accelerator(True):
         together, alone = orthonormal(factors, torch.float32), [orthonormal(f, torch.float32) for f in factors]
     torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_factors_of_several_shapes_have_the_bases_that_each_has(accelerator):
+    shapes = [(2, 3, 40), (1, 2, 40), (3, 3, 300), (2, 3, 90), (1, 3, 5), (4, 2, 7)]
+    factors = [randn(*shape) for shape in shapes]
+    factors[3][:, :, 8] = 0
+    factors[3][1] = 0
+    factors[0][1, 2] = factors[0][1, 0]
+    with like_an_accelerator(accelerator):
+        bases, alone = orthonormal_each(factors, torch.float32), [orthonormal(f, torch.float32) for f in factors]
+    for basis, other in zip(bases, alone, strict=True):
+        assert basis.is_contiguous()
+        assert (basis @ basis.mT - torch.eye(basis.shape[1])).abs().max() <= 1e-6
+        torch.testing.assert_close(basis, other, rtol=0, atol=1e-6)
+    assert not bases[3][0, :, 8].any()
 
 
 @pytest.mark.parametrize("accelerator", [False, True])

@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from nets import randn
+from test_basis import AWKWARD
 from torch import Tensor
 
 from lightning_powersgd.compressor import fused, kernels
-from lightning_powersgd.compressor.fused import Decompression, Dtypes, FusedPasses, Projection, passes_for
+from lightning_powersgd.compressor.basis import normalize_rows, orthonormal_by_gram
+from lightning_powersgd.compressor.fused import Decompression, Dtypes, FusedPasses, Judgement, Projection, passes_for
 
 COMPILING = Path(__file__).parents[1] / "programs" / "compiled_kernels.py"
 CPU = torch.device("cpu")
@@ -183,6 +185,127 @@ def test_nothing_is_written_beside_a_matrix():
     assert memory[:, :5].count_nonzero() == memory[:, 5 + 9 * 17 :].count_nonzero() == 0
 
 
+def require_rounded(ours: Tensor, theirs: Tensor) -> None:
+    """To the last bit; to the last but one in bfloat16, to which Triton's interpreter cuts instead of rounding."""
+    allowed = 2 * torch.finfo(BRAIN).eps if ours.dtype == BRAIN else 0.0
+    torch.testing.assert_close(ours, theirs, rtol=allowed, atol=0, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("wire", [SINGLE, BRAIN, HALF])
+def test_shares_are_rounded_as_the_wire_rounds_and_whole_gradients_lie_beside_them(wire, world_size):
+    cases = [Case(*shape, ALL_SINGLE, "right") for shape in GROUP[:4]]
+    plain = [torch.empty_like(case.own) for case in cases]
+    passes = FusedPasses(CPU, ALL_SINGLE)
+    before = [case.projection()._replace(out=out) for case, out in zip(cases, plain, strict=True)]
+    passes.project("right", before)
+    again = [
+        Projection(case.gradient, None, case.basis, torch.empty_like(out, dtype=wire), torch.empty_like(out))
+        for case, out in zip(cases, plain, strict=True)
+    ]
+    whole = randn(700).to(wire)
+    place = torch.zeros(702, dtype=wire)
+    passes.project("right", again, world_size=world_size, whole=[(whole, place[1:-1])])
+    for out, one in zip(plain, again, strict=True):
+        require_rounded(one.out, out.to(wire).div_(world_size))
+        assert torch.equal(one.own, one.out.float() * world_size)
+    require_rounded(place[1:-1], whole / world_size)
+    assert not place[0]
+    assert not place[-1]
+
+
+# Bases and warm starts
+
+
+def of_bases(factors: list[Tensor], dtype: torch.dtype = SINGLE) -> list[Tensor]:
+    bases = [torch.empty(factor.shape, dtype=dtype) for factor in factors]
+    passes = FusedPasses(CPU, Dtypes(dtype, dtype, dtype))
+    passes.orthonormalize("left", list(zip(factors, bases, strict=True)))
+    return bases
+
+
+@interpreted
+@pytest.mark.parametrize("rank", [1, 2, 5, 16, 32])
+@pytest.mark.parametrize("case", AWKWARD)
+def test_bases_are_orthonormal_and_keep_the_span(case, rank):
+    factor = AWKWARD[case](rank)
+    (basis,) = of_bases([factor])
+    basis = basis.double()
+    assert (basis @ basis.T - torch.eye(rank)).abs().max() <= 4e-8
+    wide = factor.double() / factor.double().norm().clamp_min(1e-300)
+    assert (wide - (wide @ basis.T) @ basis).norm() <= 4.4e-7
+    if case in ("random", "a zero row", "tiny", "huge"):
+        # Of rows that are independent, or nearly, also the basis is the same.
+        reference = orthonormal_by_gram(factor, torch.float64)
+        assert (basis - reference).abs().max() <= 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN])
+def test_bases_depend_neither_on_alignment_nor_on_the_rest_of_the_group(dtype):
+    factors = [randn(r, k).to(dtype) for r, k in [(2, 70), (5, 2100), (1, 3), (8, 8), (2, 70)]]
+    alone = [of_bases([factor], dtype)[0] for factor in factors]
+    shifted = [torch.cat((factor.new_zeros(3), factor.flatten()))[3:].view(factor.shape) for factor in factors]
+    for ours, theirs, factor in zip(of_bases(shifted, dtype), alone, factors, strict=True):
+        assert torch.equal(ours, theirs)
+        rounded = orthonormal_by_gram(factor, dtype)
+        assert (ours.double() - rounded.double()).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+@interpreted
+def test_columns_of_zeros_stay_zero_in_bases():
+    factor = randn(3, 20)
+    factor[:, 5] = 0
+    basis, of_zeros = of_bases([factor, torch.zeros(3, 20)])
+    assert not basis[:, 5].any()
+    assert (of_zeros @ of_zeros.T - torch.eye(3)).abs().max() <= 1e-6
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # as NumPy says, which interprets
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_shows_in_its_basis_and_in_no_other(value):
+    factors = [randn(4, 30), randn(4, 30)]
+    factors[0][2, 7] = value
+    spoilt, sound = of_bases(factors)
+    assert spoilt.isnan().all()
+    assert sound.isfinite().all()
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [SINGLE, BRAIN, HALF])
+def test_each_matrix_is_judged_and_kept_by_itself(dtype):
+    passes = FusedPasses(CPU, Dtypes(dtype, dtype, SINGLE if dtype == HALF else dtype))
+    shapes = [(2, 700), (3, 5), (1, 40), (2, 9), (4, 513)]
+    factors, kept, others = ([randn(r, k).to(dtype) for r, k in shapes] for _ in range(3))
+    factors[0][1] = 0
+    factors[1][2, 3] = torch.nan
+    others[2][0, 39] = -torch.inf
+    expected = [normalize_rows(*pair) for pair in zip(factors, kept, strict=True)]
+    before = [one.clone() for one in kept]
+    flags = torch.tensor([1, 1, 1, 0, 2], dtype=dtype)
+    given = [Judgement(*three) for three in zip(factors, kept, others, strict=True)]
+    keep = passes.keep("right", given, flags=flags)
+    assert keep.tolist() == [True, False, False, False, True]
+    for number, (ours, kept_now) in enumerate(zip(kept, keep.tolist(), strict=True)):
+        require_rounded(ours, expected[number] if kept_now else before[number])
+    assert [bool(factor.isnan().all()) for factor in factors] == [False, True, True, False, False]
+
+
+@interpreted
+def test_all_matrices_are_judged_by_one_answer():
+    passes = FusedPasses(CPU, ALL_SINGLE)
+    for answer in (True, False):
+        factor, kept = randn(2, 30), randn(2, 30)
+        before, scaled = kept.clone(), normalize_rows(factor, kept)
+        keep = passes.keep("left", [Judgement(factor, kept, None)], finite=torch.tensor(answer))
+        assert bool(keep) == answer
+        assert torch.equal(kept, scaled if answer else before)
+        assert bool(factor.isnan().all()) != answer
+
+
 # Where they are used
 
 
@@ -234,9 +357,10 @@ def test_what_they_do_not_take_is_left_to_pytorch(on_a_gpu):
     assert passes_for(CPU, Dtypes(double, double, double)) is None
     assert passes_for(CPU, Dtypes(SINGLE, double, double)) is None
     passes = FusedPasses(CPU, ALL_SINGLE)
-    assert not passes.takes(torch.empty(100, 100), fused.LARGEST_RANK + 1)
-    assert passes.takes(torch.empty(100, 100), fused.LARGEST_RANK)
-    assert not passes.takes(torch.empty(2, 1).expand(2, 2**25), 1)
+    assert not passes.takes(100, 100, fused.LARGEST_RANK + 1)
+    assert passes.takes(100, 100, fused.LARGEST_RANK)
+    assert not passes.takes(2, 2**25, 1)
+    assert not fused.travels(double)
 
 
 # As code for a GPU
@@ -251,14 +375,15 @@ def test_a_compiler_makes_code_for_a_gpu_that_stays_in_registers(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert {code["kernel"] for code in found} == {"project", "add_up", "decompress"}
+    assert {code["kernel"] for code in found} == {"project", "add_up", "decompress", "orthonormalize", "keep_factors"}
     for code in found:
         assert code["stack"] == code["local"] == 0, code
         assert not code["spills"], code
         assert not code["atomics"], code
-        # Products and sums are rounded one by one, and in float32.
-        assert not code["fused"], code
-        assert code["multiplies"] or code["kernel"] == "add_up", code
+        # Products and sums are rounded one by one. What a GPU divides with, fuses them.
+        assert not code["asked to fuse"], code
+        assert not code["fused"] or code["kernel"] in ("add_up", "orthonormalize", "keep_factors"), code
+        assert code["multiplies"] or code["kernel"] in ("add_up", "keep_factors"), code
         assert not code["tensor cores"], code
 
 

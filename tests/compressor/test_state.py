@@ -131,7 +131,7 @@ def test_another_rank_keeps_the_errors_and_says_what_was_not_kept():
 def test_a_factor_of_the_other_side_is_not_mistaken_for_this_one():
     net = nn.Linear(30, 30)
     alternating = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2, alternate=True))
-    alternating.keep_step(True)
+    alternating.keep_step([True])
     saved = alternating.state_dict()
     del saved["parameters"]["weight"]["factors"]["right"]
     full = PowerSGDState(net.named_parameters(), PowerSGDConfig(rank=2, seed=1))

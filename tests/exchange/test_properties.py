@@ -223,7 +223,7 @@ def filled(state: PowerSGDState, seed: int) -> PowerSGDState:
             state.keep_factors(index, side, factors, [True] * len(factors))
     state.step, state.total_dense_bytes, state.total_sent_bytes = seed, seed * 100, seed * 10
     state.loss_scale.fill_(2.0 ** (seed % 17))
-    state.keep_step(bool(seed % 2))
+    state.keep_step([bool(seed % 2)])
     return state
 
 

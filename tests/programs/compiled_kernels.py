@@ -18,7 +18,16 @@ from lightning_powersgd.compressor import fused, kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CUOBJDUMP, NVDISASM = TOOLS / "cuobjdump", TOOLS / "nvdisasm"
-POINTERS = {"parts": "*i64", "table": "*i64", "scale": "*fp32", "sums": "*fp32", "keep": "*i1"}
+POINTERS = {
+    "parts": "*i64",
+    "table": "*i64",
+    "scale": "*fp32",
+    "sums": "*fp32",
+    "space": "*fp64",
+    "finite": "*i1",
+    "flags": "*fp32",
+    "keep": "*i1",
+}
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(SINGLE, SINGLE, SINGLE), (BRAIN, BRAIN, BRAIN), (HALF, HALF, SINGLE)]
 
@@ -47,7 +56,8 @@ def compiled(kernel: str, **constants: Any) -> dict[str, Any]:
         "registers": registers,
         "stack": stack,
         "local": local,
-        "multiplies": len(re.findall(r"\bFMUL\b", machine)),
+        "multiplies": len(re.findall(r"\b[FD]MUL\b", machine)),
+        "asked to fuse": re.findall(r"\b(?:fma|mad)\.\w+\.f\d+", code.asm["ptx"]),
         "fused": re.findall(r"\b[FD]FMA\b\S*", machine),
         "tensor cores": re.findall(r"\b(?:[HID]|\w*G)MMA\b\S*", machine),
         "atomics": re.findall(r"\b(?:ATOMG?|REDG?)\b\S*", machine),
@@ -60,13 +70,24 @@ def main() -> None:
     found = []
     for gradient, error, matrix in DTYPES:
         dtypes = {"GRADIENT": gradient, "ERROR": error, "MATRIX": matrix, "TILE": fused.TILE}
+        of_sent = {"AVERAGE": gradient, "OWN": SINGLE}
         in_place = gradient == matrix
         for axis in (0, 1):
             found += [
-                compiled("project", AXIS=axis, ADD=True, STORE=in_place, WIDTH=8, **dtypes),
-                compiled("decompress", AXIS=axis, ADD=not in_place, WRITE=True, KEEP=True, WIDTH=9, **dtypes),
+                compiled("project", AXIS=axis, ADD=True, STORE=in_place, WIDTH=7, **dtypes),
+                compiled(
+                    "decompress", AXIS=axis, ADD=not in_place, WRITE=True, KEEP=True, WIDTH=9, **of_sent, **dtypes
+                ),
             ]
-    found.append(compiled("add_up", AXIS=0, MATRIX=SINGLE, TILE=fused.TILE, WIDTH=8, ENTRIES=fused.ENTRIES))
+        of_factors = {"WIRE": gradient, "ENTRIES": fused.ENTRIES, "WIDTH": 6}
+        found += [
+            compiled("add_up", MATRIX=matrix, OWN=SINGLE, WORLD_SIZE=3, **of_factors),
+            compiled("keep_factors", TOGETHER=False, FOLLOW=True, **of_factors),
+            compiled("keep_factors", TOGETHER=True, FOLLOW=False, **of_factors),
+        ]
+    for rows in (4, 8, 16, 32):
+        sizes = {"ROWS": rows, "COLUMNS": fused.STRETCH // rows}
+        found.append(compiled("orthonormalize", WIRE=SINGLE, MATRIX=SINGLE, WIDTH=6, **sizes))
     print(json.dumps(found))
 
 

@@ -9,6 +9,7 @@ ways that it takes on an accelerator, and whoever asks for a value gets an error
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -89,6 +90,26 @@ class Module(_DummyBackendModule):
         return [torch.bfloat16]
 
 
+def launches_of(name: str, args: Any) -> int:
+    """Give the launches that CUDA makes of an operation, as in PyTorch's ``MultiTensorApply.cuh``.
+
+    One works on up to 64 pairs of tensors or 110 single ones, and on up to 320 stretches of 65536 elements.
+
+    That is so for tensors of one dtype and of the same strides. Others are worked on one by one; only copies may change
+    the dtype. A norm of several tensors takes a second launch.
+    """
+    if not name.startswith("_foreach"):
+        return 1
+    lists = [argument for argument in args if isinstance(argument, (list, tuple)) and isinstance(argument[0], Tensor)]
+    dtypes = {tensor.dtype for tensors in lists for tensor in tensors}
+    alike = all(len({(one.shape, one.stride()) for one in each}) == 1 for each in zip(*lists, strict=True))
+    if not alike or (len(dtypes) > 1 and name != "_foreach_copy_"):
+        return len(lists[0])
+    chunks = sum(-(-tensor.numel() // 65536) for tensor in lists[0])
+    launches = max(math.ceil(len(lists[0]) / {1: 110, 2: 64}[len(lists)]), math.ceil(chunks / 320))
+    return launches + (name == "_foreach_norm")
+
+
 class Recorder(TorchDispatchMode):
     """Counts launches on the device, and copies to and from it, and looks for races between its streams.
 
@@ -120,7 +141,7 @@ class Recorder(TorchDispatchMode):
         devices = {tensor.device.type for tensor in tensors if tensor.dim() or tensor.device.type == DEVICE}
         if DEVICE not in devices or func.namespace != "aten" or func.is_view or name in NO_LAUNCH:
             return result
-        self.launches[name] += 1
+        self.launches[name] += launches_of(name, args)
         self._look_for_races(func, args, kwargs or {}, result)
         if name in ("copy_", "_to_copy") and len(devices) > 1:
             target = (args[0] if name == "copy_" else result).device.type
