@@ -35,14 +35,16 @@ def main(epochs: int = 1) -> None:
         accelerator.load_state(CHECKPOINT)
     accelerator.print(exchange.state.plan.summary(alternate=False))
     for _ in range(epochs):
+        losses = []
         for images, labels in batches:
             with accelerator.accumulate(model):
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(images), labels)
                 accelerator.backward(loss)
                 optimizer.step()
+            losses.append(loss.detach())
         accelerator.save_state(CHECKPOINT)
-    accelerator.print(f"step {exchange.state.step}: loss {loss.item():.2f}")
+        accelerator.print(f"step {exchange.state.step}: loss {torch.stack(losses).mean():.2f}")
     accelerator.end_training()
 
 

@@ -39,15 +39,17 @@ def main(epochs: int = 1) -> None:
     if dist.get_rank() == 0:
         print(exchange.state.plan.summary(alternate=False))
     for _ in range(epochs):
+        losses = []
         for pictures, labels in batches:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(pictures), labels)
             loss.backward()
             optimizer.step()
+            losses.append(loss.detach())
         weights, moments = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": moments, "powersgd": exchange}, checkpoint_id=CHECKPOINT)
-    if dist.get_rank() == 0:
-        print(f"step {exchange.state.step}: loss {loss.item():.2f}")
+        if dist.get_rank() == 0:
+            print(f"step {exchange.state.step}: loss {torch.stack(losses).mean():.2f}")
     dist.destroy_process_group()
 
 
