@@ -29,7 +29,7 @@ class PowerSGDConfig:
         turnaround: for ``rank="auto"``: steps within which each direction of a gradient has its turn. The rank is
             ⌈min(n, m) / turnaround⌉ for the matrix where min(n, m) is largest, and twice that when alternating.
             Smaller: more accurate, for more bytes. None is what the length of the training and its optimizers ask for
-            (see `turnaround_for`), and 25 where these are not known.
+            (see `turnaround_for`), and 50 where these are not known.
         max_bytes: for ``rank="auto"``, instead of ``turnaround``: bytes that a rank may hand to collectives in a step.
             The highest rank is taken that fits.
         start_step: synchronised backward passes that are averaged exactly before compression starts. Raise it if the

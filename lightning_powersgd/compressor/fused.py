@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_powersgd.compressor import passes
 from lightning_powersgd.compressor.basis import normalize_rows, orthonormal_by_gram, trace
 from lightning_powersgd.compressor.codec import saturated
+from lightning_powersgd.compressor.operands import Decompression, Dtypes, Judgement, Projection
 from lightning_powersgd.compressor.plan import SIDES, Side
 from lightning_powersgd.compressor.precision import full_precision
 
@@ -44,64 +45,6 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 _MATRICES = (torch.float32, torch.bfloat16)
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Dtypes(NamedTuple):
-    """Of the gradients of a group, of their errors (``None`` without error feedback), and of M and its factors."""
-
-    gradient: torch.dtype
-    error: torch.dtype | None
-    matrix: torch.dtype
-
-
-class Projection(NamedTuple):
-    """A matrix to be projected: what `passes.project` takes.
-
-    Attributes:
-        gradient: (n, m).
-        error: (n, m), if it is yet to be added.
-        basis: (r, m) or (r, n).
-        out: (r, n) or (r, m), in any of the dtypes; given the share of the mean over the ranks.
-        own: alike, given the share times the number of ranks, as it is after its rounding; ``None`` if nobody asks.
-    """
-
-    gradient: Tensor
-    error: Tensor | None
-    basis: Tensor
-    out: Tensor
-    own: Tensor | None = None
-
-
-class Judgement(NamedTuple):
-    """Averaged factors of a matrix, to be judged and kept.
-
-    Attributes:
-        factor: (r, k), turned into NaN if it is not finite, or the other is not.
-        kept: (r, k), the one that the next step starts from; overwritten if it is to be kept.
-        other: of the other side; ``None`` where there is no other.
-    """
-
-    factor: Tensor
-    kept: Tensor
-    other: Tensor | None
-
-
-class Decompression(NamedTuple):
-    """A matrix to be written from its projections: what `passes.decompress` takes.
-
-    Attributes:
-        gradient: (n, m).
-        error: (n, m), if it is to be written.
-        basis: (r, m) or (r, n), that was projected onto.
-        average: (r, n) or (r, m), of all ranks' projections.
-        own: this rank's, alike.
-    """
-
-    gradient: Tensor
-    error: Tensor | None
-    basis: Tensor
-    average: Tensor
-    own: Tensor
 
 
 class FusedPasses:

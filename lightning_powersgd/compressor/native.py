@@ -19,15 +19,13 @@ from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_powersgd.compressor import verdict
+from lightning_powersgd.compressor.operands import Decompression, Dtypes, Projection
 from lightning_powersgd.compressor.plan import Side
-
-if TYPE_CHECKING:
-    from lightning_powersgd.compressor.fused import Decompression, Dtypes, Projection
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +150,8 @@ def passes_for(device: torch.device, dtypes: Dtypes) -> NativePasses | None:
         device: of the matrices.
         dtypes: of the group.
     """
-    fit = device.type == "cpu" and all(dtype in (None, torch.float32) for dtype in dtypes)
+    waits = device.type == "cpu" and verdict.host_waits_for(device)
+    fit = waits and all(dtype in (None, torch.float32) for dtype in dtypes)
     native = library() if fit else None
     return None if native is None else NativePasses(native)
 

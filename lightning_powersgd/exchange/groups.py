@@ -16,7 +16,8 @@ from torch import Tensor
 from lightning_powersgd.compressor import verdict
 from lightning_powersgd.compressor.basis import orthonormal_each
 from lightning_powersgd.compressor.codec import cut
-from lightning_powersgd.compressor.fused import FusedPasses, Judgement, travels
+from lightning_powersgd.compressor.fused import FusedPasses, travels
+from lightning_powersgd.compressor.operands import Judgement
 from lightning_powersgd.compressor.plan import SIDES, Group, Side, Slot, other_side
 from lightning_powersgd.compressor.stacks import Stacks, named
 from lightning_powersgd.compressor.state import PowerSGDState

@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_powersgd.compressor import fused as kernels
 from lightning_powersgd.compressor import native, verdict
 from lightning_powersgd.compressor.codec import saturated
-from lightning_powersgd.compressor.fused import Decompression, Dtypes, FusedPasses, Projection
+from lightning_powersgd.compressor.fused import FusedPasses
 from lightning_powersgd.compressor.native import NativePasses
+from lightning_powersgd.compressor.operands import Decompression, Dtypes, Projection
 from lightning_powersgd.compressor.passes import add_scaled, decompress, project
 from lightning_powersgd.compressor.plan import Side, Slot
 from lightning_powersgd.compressor.state import PowerSGDState

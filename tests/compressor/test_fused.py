@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lightning_powersgd.compressor import fused, kernels
 from lightning_powersgd.compressor.basis import normalize_rows, orthonormal_by_gram
-from lightning_powersgd.compressor.fused import Decompression, Dtypes, FusedPasses, Judgement, Projection, passes_for
+from lightning_powersgd.compressor.fused import FusedPasses, passes_for
+from lightning_powersgd.compressor.operands import Decompression, Dtypes, Judgement, Projection
 
 COMPILING = Path(__file__).parents[1] / "programs" / "compiled_kernels.py"
 CPU = torch.device("cpu")

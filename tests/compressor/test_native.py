@@ -11,8 +11,8 @@ import torch
 from nets import randn
 
 from lightning_powersgd.compressor import native
-from lightning_powersgd.compressor.fused import Decompression, Dtypes, Projection
 from lightning_powersgd.compressor.native import NativePasses, passes_for
+from lightning_powersgd.compressor.operands import Decompression, Dtypes, Projection
 from lightning_powersgd.compressor.passes import decompress, project
 from lightning_powersgd.compressor.plan import SIDES, Side
 

@@ -163,8 +163,8 @@ def _two_shards(alternate: bool, accelerator: bool) -> tuple[bool, bool, bool]:
         torch.manual_seed(shard)
         weight = nn.Parameter(torch.zeros(40, 30 + shard))
         state = PowerSGDState([("weight", weight)], PowerSGDConfig(rank=2, alternate=alternate))
-        exchange = GradientExchange(state, averaging, judges=judges)
         with like_an_accelerator(accelerator):
+            exchange = GradientExchange(state, averaging, judges=judges)
             for spoiled in (False, True):
                 weight.grad = torch.randn(40, 30 + shard, generator=torch.Generator().manual_seed(dist.get_rank()))
                 if spoiled and not shard:

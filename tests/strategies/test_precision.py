@@ -57,9 +57,9 @@ def _unscaled_gradients(accelerator: bool, **config: Any) -> list[list[dict[str,
     runs = []
     for scales in ([2.0**16] * 12, [2.0**16] * 4 + [2.0**8] * 4 + [2.0**16] * 4):
         scaler = torch.amp.GradScaler("cpu")
-        model, _ = attach(make_net(), scaler=scaler, **config)
         run = []
         with like_an_accelerator(accelerator):
+            model, _ = attach(make_net(), scaler=scaler, **config)
             for scale, (x, y) in zip(scales, make_batches(12), strict=True):
                 scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
                 model.zero_grad()
@@ -197,18 +197,18 @@ def _recovers(
     for with_bad in (False, True):
         # Which would skip such a step.
         scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
-        model, exchange = attach(make_net(), bucket_cap_mb=0.001, scaler=scaler, **config)
-        assert len(exchange.state.plan.groups) > 2
-        grads = []
-
-        def step(x: Tensor, y: Tensor, model=model) -> None:
-            model.zero_grad()
-            for _ in range(accumulate - 1):
-                with model.no_sync():
-                    F.cross_entropy(model(x), y).backward()
-            F.cross_entropy(model(x), y).backward()
-
         with like_an_accelerator(accelerator):
+            model, exchange = attach(make_net(), bucket_cap_mb=0.001, scaler=scaler, **config)
+            assert len(exchange.state.plan.groups) > 2
+            grads = []
+
+            def step(x: Tensor, y: Tensor, model=model) -> None:
+                model.zero_grad()
+                for _ in range(accumulate - 1):
+                    with model.no_sync():
+                        F.cross_entropy(model(x), y).backward()
+                F.cross_entropy(model(x), y).backward()
+
             for index, (x, y) in enumerate(make_batches(6)):
                 if with_bad and index == bad_step:
                     handle = model.module.get_parameter(name).register_hook(
@@ -242,8 +242,8 @@ def _count_questions(comm_dtype: str | None, alternate: bool) -> list[int]:
     counts = []
     for accelerator in (False, True):
         scaler = torch.amp.GradScaler("cpu")
-        model, exchange = attach(make_net(), scaler=scaler, comm_dtype=comm_dtype, alternate=alternate)
         with like_an_accelerator(accelerator):
+            model, exchange = attach(make_net(), scaler=scaler, comm_dtype=comm_dtype, alternate=alternate)
             for x, y in make_batches(3):
                 loss = scaler.scale(F.cross_entropy(model(x), y))
                 with AsksTheDevice() as questions:
