@@ -19,7 +19,7 @@ def lines(path: Path) -> list[dict]:
 def test_a_study_and_its_report(tmp_path):
     (tmp_path / "words.txt").write_text("what was not sent is added in the next step. " * 2000)
     study = [*TORCHRUN, str(ACCURACY / "study.py"), "text", f"--data-dir={tmp_path}", f"--results={tmp_path}"]
-    small = ["--steps=3", "--seeds", "5", "--accelerator=cpu"]
+    small = ["--steps=3", "--seeds", "5", "--accelerator=cpu", "--precision=32-true"]
     run([*study, *small, "--variants", "DDP", "rank 2, first tenth exact"], tmp_path)
     ddp, powersgd = lines(tmp_path / "text.jsonl")
     assert (ddp["variant"], powersgd["variant"], ddp["seed"]) == ("DDP", "rank 2, first tenth exact", 5)
