@@ -54,17 +54,17 @@ def orthonormal_each(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tens
     if not factors or verdict.host_waits_for(factors[0].device):
         return [orthonormal(factor, dtype) for factor in factors]
     bases = [torch.empty_like(factor, dtype=dtype) for factor in factors]
-    longest_first = sorted(range(len(factors)), key=lambda index: factors[index].shape[1:], reverse=True)
+    shapes = [tuple(factor.shape) for factor in factors]
+    longest_first = sorted(range(len(factors)), key=lambda index: shapes[index][1:], reverse=True)
     while longest_first:
-        rank, longest = factors[longest_first[0]].shape[1:]
-        shapes = {index: factors[index].shape for index in longest_first}
-        batch = [index for index, (_, r, k) in shapes.items() if r == rank and k * _PADDING >= longest]
+        _, rank, longest = shapes[longest_first[0]]
+        batch = [i for i in longest_first if shapes[i][1] == rank and shapes[i][2] * _PADDING >= longest]
         longest_first = [index for index in longest_first if index not in batch]
-        rows = [len(factors[index]) for index in batch]
+        rows = [shapes[index][0] for index in batch]
         padded = torch.zeros(sum(rows), rank, longest, dtype=torch.float64, device=factors[0].device)
         for index, place in zip(batch, torch.split(padded, rows), strict=True):
             place[..., : shapes[index][2]].copy_(factors[index])
-        traces = _padded_traces(tuple(tuple(shapes[index]) for index in batch), padded.device)
+        traces = _padded_traces(tuple(shapes[index] for index in batch), padded.device)
         for index, basis in zip(batch, torch.split(_orthonormal_by_gram(padded, traces), rows), strict=True):
             bases[index].copy_(basis[..., : shapes[index][2]])
     return bases
@@ -100,7 +100,7 @@ def _from_gram_matrix(factor: Tensor, traces: Tensor) -> Tensor:
         (…, r, k), float64.
     """
     wide = factor.double()
-    largest = torch.linalg.vector_norm(wide, torch.inf, dim=-1, keepdim=True)
+    largest = largest_entries(wide)
     basis = torch.addcdiv(traces, wide, largest.clamp_min_(torch.finfo(torch.float64).tiny))
     for _ in range(2):
         triangle, _ = torch.linalg.cholesky_ex(basis @ basis.mT)

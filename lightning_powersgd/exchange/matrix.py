@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_powersgd.compressor import fused as kernels
-from lightning_powersgd.compressor import native, verdict
+from lightning_powersgd.compressor import fused, native, verdict
 from lightning_powersgd.compressor.codec import saturated
 from lightning_powersgd.compressor.fused import FusedPasses
 from lightning_powersgd.compressor.native import NativePasses
@@ -118,7 +117,7 @@ class Matrix:
 
 def passes_for(device: torch.device, dtypes: Dtypes) -> NativePasses | FusedPasses | None:
     """Give the passes over all matrices of a group at once; ``None`` where each is made for each of them."""
-    return native.passes_for(device, dtypes) or kernels.passes_for(device, dtypes)
+    return native.passes_for(device, dtypes) or fused.passes_for(device, dtypes)
 
 
 def project_each(
