@@ -71,7 +71,7 @@ class ExactGroup(_Group):
 
     def put_in(self) -> None:
         """Put the gradients into the payload."""
-        self._flat = torch.cat([gradient.reshape(-1) for gradient in self._gradients]).div_(self._wires.world_size)
+        self._flat = self._wires.share(torch.cat([gradient.reshape(-1) for gradient in self._gradients]))
 
     def start(self) -> None:
         """Send the gradients."""
@@ -252,7 +252,7 @@ class CompressedGroup(_Group):
             length = self._place_supports(self._start + self._group.length(self._sent))
         self._wire.send(self._wire.flat[:length])
         for name, wire in self._alone.items():
-            wire.send(self._whole[name].view(-1).div_(self._wires.world_size))
+            wire.send(self._wires.share(self._whole[name].view(-1)))
 
     def proceed(self) -> None:
         """Receive the first collective; in a full step, orthonormalise P and compute Q."""

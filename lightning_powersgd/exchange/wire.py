@@ -53,6 +53,11 @@ class Wires:
         for wire in self._wires:
             wire.forget()
 
+    def share(self, payload: Tensor) -> Tensor:
+        """Turn a payload into this rank's share of the mean, in place, to the last bit as DDP does."""
+        # Multiplying with the reciprocal rounds unlike a division.
+        return payload.mul_(1 / self.world_size)
+
     def all_reduce(self, payload: Tensor) -> Work | None:
         """Sum a payload over the ranks, in place and asynchronously, and count its bytes. ``None``: a rank is alone."""
         if self.world_size == 1:
@@ -116,7 +121,7 @@ class Wire:
 
     def share(self, part: Tensor) -> None:
         """Make a part of the payload ready, in place: the sum over the ranks is to be the mean."""
-        part.div_(self._wires.world_size)
+        self._wires.share(part)
 
     def share_factors(  # the factors and their bits are for wires that encode them
         self,
