@@ -187,6 +187,7 @@ class PowerSGDStrategy(SharedLifecycle):
         self.scaler = scaler
         self.hierarchical = hierarchical
         self._exchange: GradientExchange | None = None
+        self._hooked = True
         self._parameters: tuple[torch.nn.Parameter, ...] = ()
         self._kinds: tuple[_Kind, ...] = ()
         self._batches = 0
@@ -219,7 +220,7 @@ class PowerSGDStrategy(SharedLifecycle):
             assert self.lightning_module is not None
             require_values(self.lightning_module.named_parameters())
             # Like the optimizers, a new fit starts afresh, unless a checkpoint is resumed.
-            self._exchange, self._batches = None, 0
+            self._exchange, self._hooked, self._batches = None, True, 0
             self._replicas = ReplicaCheck(self.check_replicas_every)
             self.add_monitor(trainer)
         super().setup(trainer)
@@ -242,6 +243,8 @@ class PowerSGDStrategy(SharedLifecycle):
     @override
     def _register_ddp_hooks(self) -> None:
         # Lightning registers hooks on CUDA only, and says nothing elsewhere.
+        if not self._hooked:
+            return
         assert isinstance(self.model, DistributedDataParallel)
         previous = self._exchange
         devices = self.num_processes if self.hierarchical else None
@@ -273,6 +276,7 @@ class PowerSGDStrategy(SharedLifecycle):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._follow_parameters()
+        self._follow_exchange()
         if self._exchange is not None:
             if self._batches < 2:
                 # Some programs make it when training starts, or in the first step.
@@ -292,7 +296,11 @@ class PowerSGDStrategy(SharedLifecycle):
     @override
     def post_backward(self, closure_loss: torch.Tensor) -> None:
         super().post_backward(closure_loss)
-        if self._exchange is not None and self._watches_gradients():
+        if self._exchange is None:
+            return
+        if not self._hooked and self._synchronises:
+            self._exchange.pass_step()
+        if self._watches_gradients():
             self._untaken.averaged(self._exchange)
 
     @override
@@ -353,6 +361,12 @@ class PowerSGDStrategy(SharedLifecycle):
             # As Lightning does with the optimizers.
             self._exchange.retire()
 
+    @property
+    def _synchronises(self) -> bool:
+        """Whether a backward pass averages gradients now, rather than let them accumulate on each rank for itself."""
+        assert isinstance(self.model, DistributedDataParallel)
+        return self.model.require_backward_grad_sync
+
     def _watches_gradients(self) -> bool:
         """Whether gradients may be compressed that no optimizer takes."""
         module = self.lightning_module
@@ -385,22 +399,42 @@ class PowerSGDStrategy(SharedLifecycle):
         kinds = self._kinds_now()
         if kinds == self._kinds or not isinstance(self.model, DistributedDataParallel):
             return
-        if not self.model.require_backward_grad_sync:
-            # Gradients accumulate, on each rank for itself. The pass that synchronises them is early enough.
+        if not self._synchronises:
+            # The pass that does is early enough.
             return
         pairs = zip(kinds, self._kinds, strict=True)
         only_frozen = all(now in (before, (False, *before[1:])) for now, before in pairs)
         if only_frozen and self.model.find_unused_parameters and not self.model.static_graph:
             return
         log.debug("parameters are of another kind: wrapping the module in DistributedDataParallel again")
-        self.model.reducer._remove_autograd_hooks()
-        self.model = self.lightning_module
         what = "parameters that are trainable, their dtypes and their memory layouts"
         require_alike(repr(kinds), what, self.root_device, self.process_group)
-        # DDP would give rank 0's parameters and buffers to all ranks. They have them alike; unless a parameter changed
-        # its dtype after the forward pass, whose gradient DDP then leaves to each rank.
+        # The ranks have parameters and buffers alike; unless a parameter changed its dtype after the forward pass:
+        # its gradient DDP then leaves to each rank.
         unchanged = all(now[1:] == before[1:] for now, before in zip(kinds, self._kinds, strict=True))
-        given, self._ddp_kwargs = self._ddp_kwargs, {**self._ddp_kwargs, "init_sync": not unchanged}
+        self._hooked = True
+        self._wrap_again(init_sync=not unchanged)
+
+    def _follow_exchange(self) -> None:
+        """Wrap the module anew without a hook while nothing is compressed, and with it before something is again.
+
+        DDP divides gradients by the number of ranks while it copies them, and a hook needs a pass of its own for that.
+        """
+        if self._exchange is None or self.hierarchical or self._hooked != self._exchange.idle or not self._synchronises:
+            return
+        self._hooked = not self._exchange.idle
+        self._wrap_again(init_sync=False)
+
+    def _wrap_again(self, init_sync: bool) -> None:
+        """Wrap the module in another `DistributedDataParallel`, between two steps.
+
+        Args:
+            init_sync: let DDP give rank 0's parameters and buffers to all ranks.
+        """
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.reducer._remove_autograd_hooks()
+        self.model = self.lightning_module
+        given, self._ddp_kwargs = self._ddp_kwargs, {**self._ddp_kwargs, "init_sync": init_sync}
         try:
             self._wrap()
         finally:

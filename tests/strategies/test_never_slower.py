@@ -37,9 +37,9 @@ class Kinds(Callback):
 def train(root: str, times: tuple[float, float], ckpt_path: str | None = None, **options: Any) -> dict[str, Any]:
     kinds = Kinds()
     strategy = options.pop("strategy", None) or PowerSGDStrategy(**CONFIG)
-    options = {"log_every_n_steps": 1, **options}
+    options = {"log_every_n_steps": 1, "max_steps": 20, **options}
     model = options.pop("model", None) or Classifier("adamw", lr=0.01)
-    run = trainer(strategy, root=root, callbacks=[kinds, *options.pop("callbacks", [])], max_steps=20, **options)
+    run = trainer(strategy, root=root, callbacks=[kinds, *options.pop("callbacks", [])], **options)
     with steps_that_take(*times), a_link_of(1e9, seconds_per_matrix=0.0), messages() as said:
         run.fit(model, loader(shuffle=False), ckpt_path=ckpt_path)
     return {
@@ -67,6 +67,36 @@ def test_a_run_goes_the_faster_way_and_says_so(fit):
 
 def _both_ways(root: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return train(root, SLOWER), train(root, FASTER)
+
+
+class Hooks(Callback):
+    """Notes of each step whether DDP has the hook; and makes another trial come after a few steps."""
+
+    def __init__(self, again: int) -> None:
+        self.again, self.hooked = again, ""
+
+    def on_after_backward(self, trainer: Trainer, *_: Any) -> None:
+        held = trainer.strategy.model._get_ddp_logging_data().get("comm_hook")
+        self.hooked += "h" if held == "powersgd_hook" else "."
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.again:
+            trainer.strategy.exchange.state.trial.position = -2
+
+
+def test_between_trials_exact_steps_are_those_of_ddp_without_a_hook(fit):
+    for kinds, hooked, step in fit(_with_another_trial):
+        # The first of them sends the errors. Then two until the next trial, five of it, and three that are compressed.
+        assert kinds == "c" * 10 + "e" * (10 + 2 + 5) + "ccc" + "e" * 10
+        assert hooked == "h" * 14 + "." * (6 + 2) + "h" * (5 + 3 + 1) + "." * 9
+        assert step == 40
+
+
+def _with_another_trial(root: str) -> tuple[str, str, int]:
+    hooks = Hooks(again=20)
+    strategy = PowerSGDStrategy(**CONFIG)
+    result = train(root, SLOWER, strategy=strategy, callbacks=[hooks], max_steps=40, max_epochs=4)
+    return result["kinds"], hooks.hooked, strategy.exchange.state.step
 
 
 class Save(Callback):

@@ -98,6 +98,40 @@ def _train_ddp(root: str) -> float:
     return float(run.callback_metrics["val_loss"])
 
 
+class Thawing(Classifier):
+    """Trains its largest layer for two steps out of eight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[2].requires_grad_(False)
+        self.seen: list[tuple[str | None, int, int]] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.net[2].requires_grad_(batch_idx in (4, 5))
+
+    def on_after_backward(self) -> None:
+        strategy = self.trainer.strategy
+        state = strategy.exchange.state
+        hook = strategy.model._get_ddp_logging_data().get("comm_hook")
+        self.seen.append((hook, state.step, state.dense_bytes - state.sent_bytes))
+
+
+def test_where_nothing_is_compressed_ddp_has_no_hook_until_something_is(fit):
+    for seen, total in fit(_thaw):
+        hooks, steps, saved = zip(*seen, strict=True)
+        assert [hook == "powersgd_hook" for hook in hooks] == [True] + [False] * 4 + [True] * 2 + [False]
+        assert steps == (0, 0, 1, 1, 2, 3, 3, 3)  # accumulated over two; counted later without a hook
+        assert [nbytes > 0 for nbytes in saved] == [False] * 5 + [True] * 2 + [False]
+        assert total == 4 * 4 * (32 * 48 + 48 + 40 * 10 + 10) + 4 * (48 * 40 + 40)
+
+
+def _thaw(root: str) -> tuple[list[tuple[str | None, int, int]], int]:
+    module = Thawing()
+    strategy = PowerSGDStrategy(rank={"net.2.*": 2, "*": 0}, compress="auto")
+    trainer(strategy, root=root, max_steps=4, accumulate_grad_batches=2).fit(module, loader())
+    return module.seen, strategy.exchange.state.total_dense_bytes
+
+
 @pytest.mark.lost_by_pytorchs_hook("on CPU the hook is not registered, and nobody says so")
 def test_ddp_holds_the_hook_on_cpu(fit):
     assert fit(_hook_name) == ["powersgd_hook"] * 2
@@ -1043,10 +1077,10 @@ def _resume_other_shape(root: str) -> None:
         ({"prog_bar": True, "log_metrics": False}, ValueError, "`log_metrics=True`"),
         ({"rnak": 2}, TypeError, "no argument `rnak`. Did you mean `rank`?"),
         ({"ddp_comm_hook": print}, ValueError, "`ddp_comm_hook` cannot be used.*is itself the communication hook"),
-        ({"ddp_comm_state": object()}, ValueError, "`ddp_comm_state` cannot be used"),
+        ({"ddp_comm_state": "a state"}, ValueError, "`ddp_comm_state` cannot be used"),
         ({"ddp_comm_wrapper": print}, ValueError, "`ddp_comm_wrapper` cannot be used.*`comm_dtype`"),
         ({"model_averaging_period": 4}, ValueError, "`model_averaging_period` cannot be used"),
-        ({"mixed_precision": object()}, ValueError, "`mixed_precision` cannot be used"),
+        ({"mixed_precision": "a policy"}, ValueError, "`mixed_precision` cannot be used"),
         ({"skip_all_reduce_unused_params": True}, ValueError, "`skip_all_reduce_unused_params` cannot be used"),
     ],
     ids=str,
