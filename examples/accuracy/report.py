@@ -278,8 +278,10 @@ def main() -> None:
     if not runs:
         raise SystemExit(f"There is no run of plain DDP in {folder}. Run examples/accuracy/study.py first.")
     for name, lines in runs.items():
-        for fact in ("steps", "ranks", "precision"):
-            if len({line[fact] for line in lines}) > 1:
+        # Only runs with one seed are compared with each other.
+        by_seed = [[line for line in lines if line["seed"] == seed] for seed in {line["seed"] for line in lines}]
+        for fact, compared in (("steps", [lines]), ("ranks", [lines]), ("precision", by_seed)):
+            if any(len({line[fact] for line in some}) > 1 for some in compared):
                 raise SystemExit(f"{folder / name}.jsonl has runs that differ in {fact!r}, which cannot be compared.")
     console = make_console()
     for name, lines in runs.items():

@@ -43,14 +43,13 @@ def test_a_wrong_call_is_refused(tmp_path):
     study = [sys.executable, str(ACCURACY / "study.py"), "text", f"--data-dir={tmp_path}"]
     assert "torchrun --standalone" in run(study, tmp_path, fails=True)
     assert "'rank 3' is none of DDP, rank 1" in run([*study, "--variants", "rank 3"], tmp_path, fails=True)
-    other = {"variant": "DDP", "seed": 0, "bits_per_byte": 2.0, "bytes_per_step": 9, "ranks": 2, "precision": "32-true"}
-    (tmp_path / "mixed").mkdir()
-    (tmp_path / "mixed" / "text.jsonl").write_text(
-        "".join(json.dumps({**other, "steps": steps}) + "\n" for steps in (3, 4))
-    )
-    assert "runs that differ in 'steps'" in run(
-        [sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path / 'mixed'}"], tmp_path, fails=True
-    )
+    other = {"variant": "DDP", "seed": 0, "bits_per_byte": 2.0, "bytes_per_step": 9, "steps": 3, "ranks": 2}
+    for fact, values in (("steps", (3, 4)), ("precision", ("32-true", "bf16-mixed"))):
+        mixed = [{"precision": "32-true", **other, fact: value} for value in values]
+        (tmp_path / fact).mkdir()
+        (tmp_path / fact / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in mixed))
+        report = [sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path / fact}"]
+        assert f"runs that differ in '{fact}'" in run(report, tmp_path, fails=True)
     assert "no run of plain DDP" in run(
         [sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path}"], tmp_path, fails=True
     )
