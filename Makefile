@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := -n 2 --dist worksteal
 
 # Where an NVIDIA driver shows itself. Without one `make gpu` says what it skips, and installs nothing.
 NVIDIA := $(wildcard /dev/nvidia0 /dev/nvidiactl /dev/dxg /proc/driver/nvidia/version)
@@ -31,9 +32,10 @@ types: $(VENV)/.installed
 
 # Unit, multi-process and trainer tests, and the doctests of the package.
 # And those of the trainer once more for a program that imports `pytorch_lightning`.
+# Two at a time, since many wait for an import or for another rank.
 unit: $(VENV)/.installed
-	$(BIN)/python -m pytest
-	$(BIN)/python tests/other_namespace.py tests/strategies/test_powersgd.py tests/strategies/test_launch.py
+	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python tests/other_namespace.py $(PARALLEL) tests/strategies/test_powersgd.py tests/strategies/test_launch.py
 
 # The kernels for GPUs, without one: interpreted, and compiled. Downloads Triton.
 triton: $(VENV)/.installed

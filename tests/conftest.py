@@ -55,6 +55,8 @@ def _one_thread() -> None:
 def _variables_stay_with_their_test() -> Iterator[None]:
     """Take back what Lightning sets while it reads a launcher's variables; `MASTER_ADDR` misled all later programs."""
     with mock.patch.dict(os.environ):
+        # Tables are as wide as in files, wherever the tests run.
+        os.environ.pop("COLUMNS", None)
         yield
 
 

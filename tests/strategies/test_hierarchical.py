@@ -189,7 +189,7 @@ def _one_machine(root: str) -> tuple[dict[str, Any], dict[str, Any]]:
             ValueError,
             "`find_unused_parameters` is not possible",
         ),
-        ({"hierarchical": True, "process_group": object()}, ValueError, "`process_group` is not possible"),
+        ({"hierarchical": True, "process_group": "a group"}, ValueError, "`process_group` is not possible"),
     ],
     ids=str,
 )
