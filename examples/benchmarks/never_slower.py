@@ -102,7 +102,8 @@ def _measure(rank: Rank, network: Network, kept: int, steps: int, ddp_steps: int
                 if hooked == exchange.idle:
                     # As the strategy does: plain DDP, as long as nothing is compressed.
                     assert hooked, "no second trial comes within the steps of a benchmark"
-                    hooked, models[AUTO] = False, DistributedDataParallel(replica(original))
+                    models[AUTO].reducer._remove_autograd_hooks()
+                    hooked, models[AUTO] = False, DistributedDataParallel(models[AUTO].module)
             models[name](batches[number % len(batches)]).square().mean().backward()
             models[name].zero_grad()
             if name == AUTO and not hooked:
