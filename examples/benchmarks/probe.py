@@ -16,7 +16,7 @@ from typing import Any
 
 import common
 from common import ResultTable, format_number, positive, spread
-from contestants import ALL_REDUCE, NO_EXCHANGE, Contestant, Measurement, measure_steps, slowest_of
+from contestants import ALL_REDUCE, BF16_HOOK, NO_EXCHANGE, Contestant, Measurement, measure_steps, slowest_of
 from matplotlib.figure import Figure
 from network import LINKS, over_links
 from processes import Rank, run_over_link
@@ -51,8 +51,8 @@ class Comparison:
     def forecast_seconds(self, contestant: Contestant) -> float:
         """Give the forecast of a step."""
         answer = replace(self.answer, step_seconds=spread(self.measured.seconds[NO_EXCHANGE]).median)
-        if contestant == ALL_REDUCE:
-            return answer.ddp_seconds
+        if contestant in (ALL_REDUCE, BF16_HOOK):
+            return answer.ddp_seconds if contestant == ALL_REDUCE else answer.bf16_seconds
         (option,) = (option for option in answer.options if option.rank == str(contestant.rank))
         return answer.seconds(option)
 
@@ -197,7 +197,7 @@ def main() -> None:
         parser.error(f"--world-size {arguments.world_size}: one rank exchanges nothing. Use 2 or more.")
 
     network = NETWORKS[arguments.model]
-    contestants = [NO_EXCHANGE, ALL_REDUCE, *(Contestant("full", rank) for rank in arguments.ranks)]
+    contestants = [NO_EXCHANGE, ALL_REDUCE, BF16_HOOK, *(Contestant("full", rank) for rank in arguments.ranks)]
     results, remarks = over_links(arguments.link, lambda link: compare(link, network, contestants, arguments))
     title = f"{network.name} on {arguments.world_size} ranks"
     common.write_results(
