@@ -34,7 +34,7 @@ EXPECTED = {
         "PowerGossip",
     ],
     "gossip": ["whole models", "rank 2"],
-    "probe": ["no exchange", "all-reduce", "PowerSGD full, rank 2", "loopback"],
+    "probe": ["no exchange", "all-reduce", "bf16 hook", "PowerSGD full, rank 2", "loopback"],
     "never_slower": ["auto ÷ the better", "loopback"],
     "machines": [
         "no exchange",
