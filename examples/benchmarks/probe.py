@@ -51,8 +51,10 @@ class Comparison:
     def forecast_seconds(self, contestant: Contestant) -> float:
         """Give the forecast of a step."""
         answer = replace(self.answer, step_seconds=spread(self.measured.seconds[NO_EXCHANGE]).median)
-        if contestant in (ALL_REDUCE, BF16_HOOK):
-            return answer.ddp_seconds if contestant == ALL_REDUCE else answer.bf16_seconds
+        if contestant == ALL_REDUCE:
+            return answer.ddp_seconds
+        if contestant == BF16_HOOK:
+            return answer.bf16_seconds
         (option,) = (option for option in answer.options if option.rank == str(contestant.rank))
         return answer.seconds(option)
 

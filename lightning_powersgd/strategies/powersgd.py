@@ -420,10 +420,11 @@ class PowerSGDStrategy(SharedLifecycle):
 
         DDP divides gradients by the number of ranks while it copies them, and a hook needs a pass of its own for that.
         """
-        if self._exchange is None or self.hierarchical or self._hooked != self._exchange.idle or not self._synchronises:
+        if self._exchange is None or self.hierarchical:
             return
-        self._hooked = not self._exchange.idle
-        self._wrap_again(init_sync=False)
+        if self._hooked == self._exchange.idle and self._synchronises:
+            self._hooked = not self._hooked
+            self._wrap_again(init_sync=False)
 
     def _wrap_again(self, init_sync: bool) -> None:
         """Wrap the module in another `DistributedDataParallel`, between two steps.
