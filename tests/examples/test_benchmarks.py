@@ -131,11 +131,12 @@ def test_a_step_of_gossip_sends_whole_models_or_factors(printed, output_dir):
 
 def test_the_forecast_of_a_step_adds_the_exchange(printed, output_dir):
     link = json.loads((output_dir / "probe.json").read_text())["links"]["loopback"]
-    none, dense, ours = link["steps"]
+    none, dense, bf16, ours = link["steps"]
     step = float(np.median(none["seconds"]))
     assert none["forecast_seconds"] is None
     # DDP has at most all of its all-reduce after the forward pass and before the end, and at least that of a bucket.
     assert step < dense["forecast_seconds"] <= step + link["answer"]["all_reduce_seconds"] * 1.001
+    assert bf16["forecast_seconds"] > step
     assert ours["forecast_seconds"] == pytest.approx(step + link["answer"]["options"][0]["powersgd_seconds"])
     assert all(len(contestant["seconds"]) == 3 for contestant in link["steps"])
 
