@@ -75,11 +75,11 @@ class Outcome:
     """All seeds of a variant.
 
     Args:
-        values: the metric, by seed. Infinite where it diverged.
+        values: the metric, by seed and precision. Infinite where it diverged.
         bytes_per_step: that a rank handed to all-reduce, in the mean over the steps.
     """
 
-    values: dict[int, float]
+    values: dict[tuple[int, str], float]
     bytes_per_step: float
 
     @property
@@ -94,23 +94,28 @@ class Outcome:
         return float(np.std(values, ddof=1)) if len(values) > 1 and math.isfinite(self.mean) else 0.0
 
     def beyond(self, reference: Outcome) -> np.ndarray:
-        """Subtract a reference, seed by seed."""
-        return np.array([value - reference.values[seed] for seed, value in self.values.items()])
+        """Subtract a reference, run by run."""
+        return np.array([value - reference.values[pair] for pair, value in self.values.items()])
+
+
+def comparable(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out what cannot be compared: plain DDP has no run with the same seed and precision."""
+    plain = {_pair(run) for run in runs if run["variant"] == "DDP"}
+    return [run for run in runs if _pair(run) in plain]
+
+
+def _pair(run: dict[str, Any]) -> tuple[int, str]:
+    return run["seed"], run["precision"]
 
 
 def summarise(task: Task, runs: list[dict[str, Any]]) -> dict[str, Outcome]:
-    """Gather the runs of each variant, in the order of the task's; of seeds that plain DDP ran, too."""
-    values: dict[str, dict[int, float]] = defaultdict(dict)
+    """Gather the runs of each variant, in the order of the task's."""
+    values: dict[str, dict[tuple[int, str], float]] = defaultdict(dict)
     for run in runs:
         value = run[task.metric]
-        values[run["variant"]][run["seed"]] = float("inf") if value is None else value
+        values[run["variant"]][_pair(run)] = float("inf") if value is None else value
     sent = {run["variant"]: run["bytes_per_step"] for run in runs}
-    outcomes = {}
-    for variant in task.variants:
-        paired = {seed: value for seed, value in values[variant].items() if seed in values["DDP"]}
-        if paired:
-            outcomes[variant] = Outcome(paired, sent[variant])
-    return outcomes
+    return {variant: Outcome(values[variant], sent[variant]) for variant in task.variants if variant in values}
 
 
 def tabulate(name: str, task: Task, runs: list[dict[str, Any]]) -> ResultTable:
@@ -122,9 +127,9 @@ def tabulate(name: str, task: Task, runs: list[dict[str, Any]]) -> ResultTable:
         task.title,
         ["exchange", task.sent, "saved", task.unit, "minus DDP", "seeds"],
         f"{task.unit.capitalize()} on the test set after {steps} steps on {ranks} processes: mean ± standard deviation"
-        " over the seeds. “minus DDP” compares runs with the same seed: mean ± standard error."
+        " over the seeds. “minus DDP” compares runs with the same seed and precision: mean ± standard error."
         f" `torchrun --standalone --nproc-per-node {ranks} examples/accuracy/study.py {name} {task.options} --seeds"
-        f" {' '.join(str(seed) for seed in ddp.values)}` and `python examples/accuracy/report.py`."
+        f" {' '.join(sorted({str(seed) for seed, _ in ddp.values}))}` and `python examples/accuracy/report.py`."
         f" Machine: {machines(runs)}.",
     )
     digits = 2 if task.scale == 100 else 3
@@ -153,8 +158,11 @@ def tabulate(name: str, task: Task, runs: list[dict[str, Any]]) -> ResultTable:
 
 def machines(runs: list[dict[str, Any]]) -> str:
     """Name the machines and the revisions that the runs were done with."""
-    facts = ("cpu", "cores", "python", "torch", "precision", "commit")
-    return "; ".join(sorted({", ".join(f"{fact}: {run[fact]}" for fact in facts) for run in runs}))
+    facts = ("cpu", "cores", "python", "torch", "precision")
+    commits = defaultdict(set)
+    for run in runs:
+        commits[", ".join(f"{fact}: {run[fact]}" for fact in facts)].add(run["commit"])
+    return "; ".join(f"{machine}, commit: {', '.join(sorted(commits[machine]))}" for machine in sorted(commits))
 
 
 def plot(axes: Axes, task: Task, runs: list[dict[str, Any]]) -> None:
@@ -178,7 +186,7 @@ def plot(axes: Axes, task: Task, runs: list[dict[str, Any]]) -> None:
             axes.annotate(
                 variant.removeprefix("rank "),
                 (outcomes[variant].bytes_per_step, outcomes[variant].mean),
-                xytext=(9, 5),
+                xytext=(-9 if task.higher_is_better else 9, 5),  # where the line is not
                 textcoords="offset points",
                 ha="center",
                 color=BLUE,
@@ -273,15 +281,13 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     folder = parser.parse_args().results
-    runs = {name: read(folder / f"{name}.jsonl") for name in TASKS}
-    runs = {name: lines for name, lines in runs.items() if any(line["variant"] == "DDP" for line in lines)}
+    runs = {name: comparable(read(folder / f"{name}.jsonl")) for name in TASKS}
+    runs = {name: lines for name, lines in runs.items() if lines}
     if not runs:
         raise SystemExit(f"There is no run of plain DDP in {folder}. Run examples/accuracy/study.py first.")
     for name, lines in runs.items():
-        # Only runs with one seed are compared with each other.
-        by_seed = [[line for line in lines if line["seed"] == seed] for seed in {line["seed"] for line in lines}]
-        for fact, compared in (("steps", [lines]), ("ranks", [lines]), ("precision", by_seed)):
-            if any(len({line[fact] for line in some}) > 1 for some in compared):
+        for fact in ("steps", "ranks"):
+            if len({line[fact] for line in lines}) > 1:
                 raise SystemExit(f"{folder / name}.jsonl has runs that differ in {fact!r}, which cannot be compared.")
     console = make_console()
     for name, lines in runs.items():

@@ -123,11 +123,11 @@ def main() -> None:
     arguments = parse()
     path = arguments.results / f"{arguments.task}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {(run["variant"], run["seed"], run["steps"]) for run in read(path)}
+    done = {(run["variant"], run["seed"], run["steps"], run["precision"]) for run in read(path)}
     runs = [(variant, seed) for seed in arguments.seeds for variant in arguments.variants]
     first = os.environ["RANK"] == "0"
     for number, (variant, seed) in enumerate(runs, start=1):
-        if (variant, seed, arguments.steps) in done:
+        if (variant, seed, arguments.steps, arguments.precision) in done:
             continue
         if first:
             print(f"Run {number} of {len(runs)}: {variant}, seed {seed}", flush=True)

@@ -44,26 +44,24 @@ def test_a_wrong_call_is_refused(tmp_path):
     assert "torchrun --standalone" in run(study, tmp_path, fails=True)
     assert "'rank 3' is none of DDP, rank 1" in run([*study, "--variants", "rank 3"], tmp_path, fails=True)
     other = {"variant": "DDP", "seed": 0, "bits_per_byte": 2.0, "bytes_per_step": 9, "steps": 3, "ranks": 2}
-    for fact, values in (("steps", (3, 4)), ("precision", ("32-true", "bf16-mixed"))):
-        mixed = [{"precision": "32-true", **other, fact: value} for value in values]
-        (tmp_path / fact).mkdir()
-        (tmp_path / fact / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in mixed))
-        report = [sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path / fact}"]
-        assert f"runs that differ in '{fact}'" in run(report, tmp_path, fails=True)
+    mixed = [{"precision": "32-true", **other, "steps": steps} for steps in (3, 4)]
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in mixed))
+    report = [sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path / 'mixed'}"]
+    assert "runs that differ in 'steps'" in run(report, tmp_path, fails=True)
     assert "no run of plain DDP" in run(
         [sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path}"], tmp_path, fails=True
     )
 
 
-def test_the_table_compares_runs_with_the_same_seed(monkeypatch):
+def test_the_table_compares_runs_with_the_same_seed_and_precision(monkeypatch):
     monkeypatch.syspath_prepend(str(ACCURACY))
-    from report import tabulate
+    from report import comparable, tabulate
     from tasks import TASKS
 
     about = {
         "steps": 9,
         "ranks": 2,
-        "precision": "32",
         "cpu": "",
         "cores": 2,
         "python": "3",
@@ -75,11 +73,15 @@ def test_the_table_compares_runs_with_the_same_seed(monkeypatch):
     sent = {"DDP": 1e6, "rank 1": 5e3, "rank 2": 1e4}
     keys = ("variant", "seed", "accuracy", "bytes_per_step", "steps", "ranks")
     runs = [
-        {**about, **dict(zip(keys, (variant, seed, value, sent[variant], 9, 2), strict=True))}
+        {**about, "precision": "32", **dict(zip(keys, (variant, seed, value, sent[variant], 9, 2), strict=True))}
         for (variant, seed), value in values.items()
     ]
-    rows = {row[0]: row[1:] for row in tabulate("images", TASKS["images"], runs).rows}
+    runs.append({**runs[2], "precision": "16", "accuracy": 10.0})
+    table = tabulate("images", TASKS["images"], comparable(runs))
+    assert "--seeds 0 1`" in table.note
+    assert "precision: 32, commit: c." in table.note
+    rows = {row[0]: row[1:] for row in table.rows}
     assert rows["DDP"] == ["1 MB", "", "91.00 ± 1.41", "", "2"]
-    # The third seed has no run of plain DDP to be compared with.
+    # The third seed has no run of plain DDP to be compared with, nor has the other precision.
     assert rows["rank 1"] == ["5 kB", "99.5 %", "90.25 ± 1.77", "-0.75 ± 0.25", "2"]
     assert rows["rank 2"] == ["10 kB", "99.0 %", "diverged", "", "1"]
