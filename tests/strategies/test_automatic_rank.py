@@ -53,7 +53,7 @@ def fit(root: Path, strategy: Any = None, stop: int = 6, optimizer: str = "sgd",
 
 @pytest.mark.parametrize(
     ("optimizer", "length", "found", "turnaround"),
-    [("sgd", 800, {2}, 20), ("sgd", 20_000, {1}, 500), ("adamw", 4000, {2}, 20)],
+    [("sgd", 800, {2}, 20), ("sgd", 20_000, {1}, 500), ("adamw", 6400, {2}, 20)],
 )
 def test_the_length_of_the_training_and_its_optimizer_give_the_ranks(
     two_ranks, tmp_path, optimizer, length, found, turnaround
