@@ -29,7 +29,7 @@ class PowerSGDConfig:
         turnaround: for ``rank="auto"``: steps within which each direction of a gradient has its turn. The rank is
             ⌈min(n, m) / turnaround⌉ for the matrix where min(n, m) is largest, and twice that when alternating.
             Smaller: more accurate, for more bytes. None is what the length of the training and its optimizers ask for
-            (see `turnaround_for`), and 50 where these are not known.
+            (see `turnaround_for`), and 25 where these are not known.
         max_bytes: for ``rank="auto"``, instead of ``turnaround``: bytes that a rank may hand to collectives in a step.
             The highest rank is taken that fits.
         start_step: synchronised backward passes that are averaged exactly before compression starts. Raise it if the
@@ -136,9 +136,9 @@ class PowerSGDConfig:
         if turnaround is None:
             return
         if isinstance(turnaround, bool) or not isinstance(turnaround, int | float):
-            raise TypeError(f"`turnaround={turnaround!r}` is not a number. Give steps, such as 50.")
+            raise TypeError(f"`turnaround={turnaround!r}` is not a number. Give steps, such as 25.")
         if not 0 < turnaround < math.inf:
-            raise ValueError(f"`turnaround={turnaround!r}` is not a number of steps. Use one such as 50.")
+            raise ValueError(f"`turnaround={turnaround!r}` is not a number of steps. Use one such as 25.")
         object.__setattr__(self, "turnaround", float(turnaround))
 
 

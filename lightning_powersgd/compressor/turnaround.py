@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.optim import Optimizer
 
-# Where neither the length of a training is known nor its optimizers: that of 40,000 steps of AdamW.
-DEFAULT_TURNAROUND = 50.0
+# Where neither the length of a training is known nor its optimizers: that of 10,000 steps of AdamW.
+DEFAULT_TURNAROUND = 25.0
 
 # Turnarounds that a training must have to be as good as with whole gradients, from the study in docs/accuracy.md:
 # of images with SGD, and of text with AdamW, at least. Optimizers that nobody has tried are taken for the harder case.

@@ -50,7 +50,7 @@ def test_a_matrix_that_would_save_too_little_is_sent_whole():
 
 def test_the_default_is_automatic_and_patterns_may_be():
     assert PowerSGDConfig().rank == "auto"
-    assert ranks() == ranks(turnaround=50)
+    assert ranks() == ranks(turnaround=25)
     # The rank follows from the matrices that have it.
     found = ranks(rank={"square": 3, "bias": 0, "*": "auto"}, turnaround=25)
     assert found == {"wide": 4, "square": 3, "kernel": 4, "bias": 0}

@@ -313,7 +313,7 @@ def test_automatic_ranks_follow_the_length_of_the_training(plan):
         content = json.loads(plan("--json", "zoo:Net", "--init=width=512", *options))
         return {entry["name"]: entry["rank"] for entry in content["parameters"]}["blocks.0.weight"]
 
-    assert rank() == rank("--steps=40000") == rank("--turnaround=50") == 11
+    assert rank() == rank("--steps=10000") == rank("--turnaround=25") == 21
     assert rank("--steps=20000") == 15
     assert rank("--steps=20000", "--optimizer=sgd") == 2
     assert rank("--steps=100") == 0
