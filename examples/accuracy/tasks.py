@@ -43,6 +43,7 @@ CODECS: dict[str, dict[str, Any] | None] = {
     "rank 32, int8": {"rank": 32, "comm_dtype": "int8"},
     "rank 32, int4": {"rank": 32, "comm_dtype": "int4"},
     "rank 32, P int4, Q int8": {"rank": 32, "comm_dtype": {"P": "int4", "Q": "int8"}},
+    "rank 32, P int8, Q int4": {"rank": 32, "comm_dtype": {"P": "int8", "Q": "int4"}},
     "rank 64, int4": {"rank": 64, "comm_dtype": "int4"},
     "auto": {},
     "auto, int8": {"comm_dtype": "int8"},

@@ -43,7 +43,7 @@ class PowerSGDConfig:
         warm_start: start from the factor of the last step instead of a random one.
         error_dtype: dtype of the error buffers, such as "bfloat16" to halve their memory. None is the gradient's.
         comm_dtype: dtype of the factors on the wire: "bfloat16" halves their bytes, "int8" and "int4" make them a
-            quarter and an eighth. What is rounded off stays in the error buffer. ``{"P": "int4", "Q": "int8"}`` gives
+            quarter and an eighth. What is rounded off stays in the error buffer. ``{"P": "int8", "Q": "int4"}`` gives
             each factor its own. None is the gradient's, which parameters that are sent whole always keep.
         seed: of the first random factors, which depend on it and on the parameters' names alone.
         compress: "always", or "auto" to compress only where that makes a step faster. The ranks then measure the
@@ -155,7 +155,7 @@ def _comm_dtype(value: object) -> CommDtype:
         if set(value) != {"P", "Q"} or not all(dtype in _INTEGERS for dtype in value.values()):
             raise ValueError(
                 f"`comm_dtype={value!r}` is not a pair of integer dtypes. Use one such as"
-                " `comm_dtype={'P': 'int4', 'Q': 'int8'}`."
+                " `comm_dtype={'P': 'int8', 'Q': 'int4'}`."
             )
         return {factor: str(value[factor]) for factor in ("P", "Q")}
     name = str(value).removeprefix("torch.")

@@ -21,7 +21,7 @@ from lightning_powersgd import GradientExchange
 from lightning_powersgd.compressor import codec
 from lightning_powersgd.exchange.integers import IntegerWire
 
-PAIR = {"P": "int4", "Q": "int8"}
+PAIR = {"P": "int8", "Q": "int4"}
 MODES = pytest.mark.parametrize("alternate", [False, True], ids=["full", "alternating"])
 
 
