@@ -129,7 +129,7 @@ def tabulate(name: str, task: Task, runs: list[dict[str, Any]]) -> ResultTable:
         f"{task.unit.capitalize()} on the test set after {steps} steps on {ranks} processes: mean ± standard deviation"
         " over the seeds. “minus DDP” compares runs with the same seed and precision: mean ± standard error."
         f" `torchrun --standalone --nproc-per-node {ranks} examples/accuracy/study.py {name} {task.options} --seeds"
-        f" {' '.join(sorted({str(seed) for seed, _ in ddp.values}))}` and `python examples/accuracy/report.py`."
+        f" {' '.join(map(str, sorted({seed for seed, _ in ddp.values})))}` and `python examples/accuracy/report.py`."
         f" Machine: {machines(runs)}.",
     )
     digits = 2 if task.scale == 100 else 3

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.optim import Optimizer
 
-# Where neither the length of a training is known nor its optimizers: that of 10,000 steps of AdamW.
-DEFAULT_TURNAROUND = 25.0
+# What a training is taken for of which it is not known how long it will be.
+ASSUMED_STEPS = 10_000
 
 # Turnarounds that a training must have to be as good as with whole gradients, from the study in docs/accuracy.md:
 # of images with SGD, and of text with AdamW, at least. Optimizers that nobody has tried are taken for the harder case.
@@ -52,6 +52,10 @@ def turnaround_of(steps: float, *, sgd: bool) -> float:
         raise ValueError(f"`steps={steps!r}` is not the length of a training. Give the number of optimizer steps.")
     turns = _TURNS_WITH_SGD if sgd else max(_LEAST_TURNS_OTHERWISE, _TURNS_BY_ROOT_OF_STEPS * math.sqrt(steps))
     return steps / turns
+
+
+# Where neither the length of a training is known nor its optimizers.
+DEFAULT_TURNAROUND = turnaround_of(ASSUMED_STEPS, sgd=False)
 
 
 def rank_for(turnaround: float, directions: int, *, alternate: bool) -> int:

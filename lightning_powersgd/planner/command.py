@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_powersgd.compressor.config import AUTO, PowerSGDConfig, Rank, require_int
-from lightning_powersgd.compressor.turnaround import turnaround_of
+from lightning_powersgd.compressor.turnaround import ASSUMED_STEPS, turnaround_of
 from lightning_powersgd.exchange.link import Link
 from lightning_powersgd.planner import figure, report
 from lightning_powersgd.planner.answer import Answer, print_probe
@@ -359,7 +359,10 @@ def _add_settings(parser: _Parser) -> None:
     )
     automatic = settings.add_mutually_exclusive_group()
     automatic.add_argument(
-        "--steps", type=int, metavar="T", help="of the training, for --rank auto (default: 10000, as with AdamW)"
+        "--steps",
+        type=int,
+        metavar="T",
+        help=f"of the training, for --rank auto (default: {ASSUMED_STEPS}, as with AdamW)",
     )
     automatic.add_argument(
         "--turnaround", type=float, metavar="STEPS", help="for --rank auto, instead of --steps: see docs/settings.md"

@@ -12,14 +12,11 @@ from torch.optim import Optimizer
 
 from lightning_powersgd.compressor.config import PowerSGDConfig
 from lightning_powersgd.compressor.plan import make_plan
-from lightning_powersgd.compressor.turnaround import DEFAULT_TURNAROUND, turnaround_for
+from lightning_powersgd.compressor.turnaround import ASSUMED_STEPS, DEFAULT_TURNAROUND, turnaround_for
 from lightning_powersgd.exchange.core import GradientExchange
 from lightning_powersgd.lightning_types import pl
 from lightning_powersgd.strategies.advice import warn_of_muon
 from lightning_powersgd.strategies.never_slower import settle_what_is_worth_it
-
-# What a training is taken for of which it is not known how long it will be.
-_ASSUMED_STEPS = 10_000
 
 
 def _is_open(config: PowerSGDConfig) -> bool:
@@ -46,10 +43,10 @@ def _settled(config: PowerSGDConfig, steps: float, optimizers: Iterable[Optimize
     known = 0 < steps < math.inf
     if not known:
         rank_zero_warn(
-            f"The length of the training is not known, and `rank='auto'` takes it for {_ASSUMED_STEPS:,} steps. Give"
+            f"The length of the training is not known, and `rank='auto'` takes it for {ASSUMED_STEPS:,} steps. Give"
             " `max_steps` or `max_epochs` to the trainer, or a `turnaround` or a `rank` to the strategy."
         )
-    return replace(config, turnaround=turnaround_for(steps if known else _ASSUMED_STEPS, optimizers))
+    return replace(config, turnaround=turnaround_for(steps if known else ASSUMED_STEPS, optimizers))
 
 
 def settle_ranks(exchange: GradientExchange, trainer: pl.Trainer, optimizers: Sequence[Optimizer]) -> None:

@@ -66,9 +66,9 @@ def test_how_long_a_training_is_decides_with_its_optimizers():
     assert turnaround_for(20_000, adam(torch.optim.SGD)) == 500
     assert turnaround_for(2_000, adam(torch.optim.AdamW)) == 10
     # The harder case decides, and is that of what nobody has tried.
-    for optimizers in (adam(torch.optim.AdamW)[0], adam(torch.optim.SGD, torch.optim.AdamW), []):
+    mixed, untried = adam(torch.optim.SGD, torch.optim.AdamW), adam(torch.optim.RMSprop)
+    for optimizers in (adam(torch.optim.AdamW)[0], mixed, untried, []):
         assert turnaround_for(2_000, optimizers) == 10
-    assert turnaround_for(2_000, adam(torch.optim.RMSprop)) == 10
 
 
 def test_a_long_training_may_let_directions_wait_longer_but_not_in_proportion():

@@ -62,6 +62,7 @@ def test_the_table_compares_runs_with_the_same_seed_and_precision(monkeypatch):
     about = {
         "steps": 9,
         "ranks": 2,
+        "precision": "32",
         "cpu": "",
         "cores": 2,
         "python": "3",
@@ -73,7 +74,7 @@ def test_the_table_compares_runs_with_the_same_seed_and_precision(monkeypatch):
     sent = {"DDP": 1e6, "rank 1": 5e3, "rank 2": 1e4}
     keys = ("variant", "seed", "accuracy", "bytes_per_step", "steps", "ranks")
     runs = [
-        {**about, "precision": "32", **dict(zip(keys, (variant, seed, value, sent[variant], 9, 2), strict=True))}
+        {**about, **dict(zip(keys, (variant, seed, value, sent[variant], 9, 2), strict=True))}
         for (variant, seed), value in values.items()
     ]
     runs.append({**runs[2], "precision": "16", "accuracy": 10.0})
