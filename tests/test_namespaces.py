@@ -30,31 +30,31 @@ def run(program: str, *arguments: str) -> None:
 
 
 @pytest.mark.parametrize("namespace", TRAINERS)
-@pytest.mark.parametrize("strategy", ["PowerSGDStrategy", "PowerGossipStrategy"])
-def test_a_strategy_is_of_the_namespace_that_the_program_imports(namespace, strategy):
+def test_a_strategy_is_of_the_namespace_that_the_program_imports(namespace):
     run(
         """
-        namespace, name = sys.argv[1:]
-        early = getattr(package, name)
+        namespace = sys.argv[1]
+        names = ("PowerSGDStrategy", "PowerGossipStrategy")
+        before = [getattr(package, name) for name in names]
         pl = importlib.import_module(namespace)
-        late = getattr(package, name)
-        for cls in (early, late):
-            strategy = cls(rank=3)
-            assert isinstance(strategy, early) and isinstance(strategy, late)
-            assert isinstance(strategy, pl.strategies.DDPStrategy)
-            trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
-            assert trainer.strategy is strategy
-            for copied in (pickle.loads(pickle.dumps(cls(rank=3))), copy.deepcopy(cls(rank=3))):
-                assert type(copied) is type(strategy) and copied.config == strategy.config
-        for given in (name.removesuffix("Strategy").lower(), name):
-            trainer = pl.Trainer(strategy=given, accelerator="cpu", devices=2, logger=False)
-            assert type(trainer.strategy) is late
+        for name, early in zip(names, before, strict=True):
+            late = getattr(package, name)
+            for cls in (early, late):
+                strategy = cls(rank=3)
+                assert isinstance(strategy, early) and isinstance(strategy, late)
+                assert isinstance(strategy, pl.strategies.DDPStrategy)
+                trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
+                assert trainer.strategy is strategy
+                for copied in (pickle.loads(pickle.dumps(cls(rank=3))), copy.deepcopy(cls(rank=3))):
+                    assert type(copied) is type(strategy) and copied.config == strategy.config
+            for given in (name.removesuffix("Strategy").lower(), name):
+                trainer = pl.Trainer(strategy=given, accelerator="cpu", devices=2, logger=False)
+                assert type(trainer.strategy) is late
         others = [other for other in loaded() if other.partition(".")[0] != namespace.partition(".")[0]
                   and other != "lightning_fabric"]
         assert not others, others
         """,
         namespace,
-        strategy,
     )
 
 
@@ -125,37 +125,33 @@ def test_a_program_that_has_imported_both_uses_either(first, used):
 
 
 @pytest.mark.parametrize("namespace", TRAINERS)
-@pytest.mark.parametrize("order", ["ours first", "ours last"])
-@pytest.mark.parametrize("by_name", [False, True], ids=["super", "by name"])
-def test_a_strategy_of_ray_train_is_mixed_in_in_any_order(namespace, order, by_name):
+def test_a_strategy_of_ray_train_is_mixed_in_in_any_order(namespace):
     """A stand-in for Ray's strategy, whose constructor calls Lightning's by `super` or by name."""
     run(
         """
+        import itertools
         pl = importlib.import_module(sys.argv[1])
-        class RayDDPStrategy(pl.strategies.DDPStrategy):
-            def __init__(self, *args, **kwargs):
-                if sys.argv[3] == "True":
-                    pl.strategies.DDPStrategy.__init__(self, *args, **kwargs)
-                else:
-                    super().__init__(*args, **kwargs)
-                self.of_ray = True
-            @property
-            def distributed_sampler_kwargs(self):
-                return dict(num_replicas=7, rank=0)
-        bases = [package.PowerSGDStrategy, RayDDPStrategy]
-        if sys.argv[2] == "ours last":
-            bases.reverse()
-        class Both(*bases):
-            pass
-        strategy = Both(rank=4)
-        trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False)
-        assert trainer.strategy is strategy and strategy.of_ray
-        assert strategy.config.rank == 4 and strategy.exchange is None
-        assert strategy.distributed_sampler_kwargs["num_replicas"] == 7
+        for ours_first, by_name in itertools.product((True, False), repeat=2):
+            class RayDDPStrategy(pl.strategies.DDPStrategy):
+                def __init__(self, *args, **kwargs):
+                    if by_name:
+                        pl.strategies.DDPStrategy.__init__(self, *args, **kwargs)
+                    else:
+                        super().__init__(*args, **kwargs)
+                    self.of_ray = True
+                @property
+                def distributed_sampler_kwargs(self):
+                    return dict(num_replicas=7, rank=0)
+            bases = [package.PowerSGDStrategy, RayDDPStrategy]
+            class Both(*(bases if ours_first else reversed(bases))):
+                pass
+            strategy = Both(rank=4)
+            trainer = pl.Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False)
+            assert trainer.strategy is strategy and strategy.of_ray, (ours_first, by_name)
+            assert strategy.config.rank == 4 and strategy.exchange is None
+            assert strategy.distributed_sampler_kwargs["num_replicas"] == 7
         """,
         namespace,
-        order,
-        str(by_name),
     )
 
 

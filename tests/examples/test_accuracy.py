@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 from terminal import run
 
 ACCURACY = Path(__file__).parents[2] / "examples" / "accuracy"
@@ -30,8 +32,6 @@ def test_a_study_and_its_report(tmp_path):
     # What was run already is not run again.
     run([*study, *small, "--variants", "DDP", "rank 4"], tmp_path)
     assert [line["variant"] for line in lines(tmp_path / "text.jsonl")[2:]] == ["rank 4"]
-    run([*study, *small, "--variants", "DDP", "rank 4"], tmp_path)
-    assert len(lines(tmp_path / "text.jsonl")) == 3
 
     printed = run([sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path}"], tmp_path)
     assert "rank 2, first tenth exact" in printed
@@ -39,19 +39,27 @@ def test_a_study_and_its_report(tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
 
-def test_a_wrong_call_is_refused(tmp_path):
-    study = [sys.executable, str(ACCURACY / "study.py"), "text", f"--data-dir={tmp_path}"]
-    assert "torchrun --standalone" in run(study, tmp_path, fails=True)
-    assert "'rank 3' is none of DDP, rank 1" in run([*study, "--variants", "rank 3"], tmp_path, fails=True)
+def test_a_wrong_call_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ACCURACY))
+    import report
+    import study
+
+    def refused(program: ModuleType, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *arguments])
+        with pytest.raises(SystemExit) as left:
+            program.main()
+        assert left.value.code not in (0, None)
+        return f"{left.value.code} {capsys.readouterr().err}"
+
+    call = ["text", f"--data-dir={tmp_path}"]
+    assert "torchrun --standalone" in refused(study, *call)
+    assert "'rank 3' is none of DDP, rank 1" in refused(study, *call, "--variants", "rank 3")
     other = {"variant": "DDP", "seed": 0, "bits_per_byte": 2.0, "bytes_per_step": 9, "steps": 3, "ranks": 2}
     mixed = [{"precision": "32-true", **other, "steps": steps} for steps in (3, 4)]
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in mixed))
-    report = [sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path / 'mixed'}"]
-    assert "runs that differ in 'steps'" in run(report, tmp_path, fails=True)
-    assert "no run of plain DDP" in run(
-        [sys.executable, str(ACCURACY / "report.py"), f"--results={tmp_path}"], tmp_path, fails=True
-    )
+    assert "runs that differ in 'steps'" in refused(report, f"--results={tmp_path / 'mixed'}")
+    assert "no run of plain DDP" in refused(report, f"--results={tmp_path}")
 
 
 def test_the_table_compares_runs_with_the_same_seed_and_precision(monkeypatch):
