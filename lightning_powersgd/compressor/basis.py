@@ -34,10 +34,16 @@ def orthonormal(factor: Tensor, dtype: torch.dtype) -> Tensor:
         return orthonormal_by_gram(factor, dtype)
     wide = factor.to(torch.promote_types(dtype, torch.float32))
     basis: Tensor = torch.linalg.qr(wide.mT, mode="reduced").Q.mT
-    basis = basis.to(dtype).contiguous()
+    return _keep_zero_columns(basis.to(dtype).contiguous(), factor)
+
+
+def _keep_zero_columns(basis: Tensor, factor: Tensor) -> Tensor:
+    """Zero a basis in place where columns of its factor are zero, unless all are."""
     there = factor.any(dim=-2, keepdim=True)
     # As nearly always: many small factors spend their time in such small operations.
-    return basis if there.all() else basis.mul_(there | ~there.any(dim=-1, keepdim=True))
+    if verdict.host_waits_for(factor.device) and there.all():
+        return basis
+    return basis.mul_(there | ~there.any(dim=-1, keepdim=True))
 
 
 # Factors are padded with zeros to the longest of them, up to so many times their length.
@@ -77,8 +83,7 @@ def orthonormal_by_gram(factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _orthonormal_by_gram(factor: Tensor, traces: Tensor) -> Tensor:
-    there = factor.any(dim=-2, keepdim=True)
-    return _from_gram_matrix(factor, traces).mul_(there | ~there.any(dim=-1, keepdim=True))
+    return _keep_zero_columns(_from_gram_matrix(factor, traces), factor)
 
 
 # Of a row's largest entry. It makes independent what is not, and moves the span by no more than float32's rounding. A

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_powersgd.compressor.basis import largest_entries
+
 # What the factors of the first step are taken for, when they travel in float16: at 2^4 they go as they are. As integers
 # they do not travel before the magnitude is known.
 _FIRST_MAGNITUDE = 2.0**4
@@ -74,7 +76,7 @@ class Format:
         if self.integer:
             norm: Tensor = torch.linalg.vector_norm(factor, dim=-1, keepdim=True)
             return norm / math.sqrt(factor.shape[-1])
-        return factor.abs().amax(dim=-1, keepdim=True)
+        return largest_entries(factor)
 
     def gain(self, magnitude: Tensor, profile: Tensor | None, world_size: int) -> Tensor:
         """Give what rows of about a magnitude are multiplied by for the wire.
