@@ -252,6 +252,11 @@ TASKS |= {
     )
     for ranks in (4, 8)
 }
+TASKS["text_4x_4_ranks"] = replace(
+    TASKS["text_4_ranks"],
+    title=f"{TASKS['text_4x'].title}, 4 processes",
+    steps=TASKS["text_4x"].steps,
+)
 TASKS["text_tuning"] = replace(
     TASKS["text"],
     title=f"{TASKS['text'].title}, other learning rates",
